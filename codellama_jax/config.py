@@ -40,23 +40,23 @@ class Model:
     max_seq_len: int  # longest row the weights were trained on
     norm_eps: float  # of every RMSNorm
     tied_embeddings: bool = False  # the output projection is the embedding (not in Llama 2)
-    head_dim: int = 0  # width of a head; 0 stands for dim / num_heads
 
     def __post_init__(self):
-        if not self.head_dim:
-            check(
-                self.dim % self.num_heads == 0,
-                f"dim={self.dim} is not a multiple of num_heads={self.num_heads}; set head_dim",
-            )
-            object.__setattr__(self, "head_dim", self.dim // self.num_heads)
+        check(
+            self.dim % (2 * self.num_heads) == 0,
+            f"dim={self.dim} is not an even multiple of num_heads={self.num_heads}: RoPE turns pairs",
+        )
         check(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
         )
-        check(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE turns pairs")
         check(self.rope_theta > 1, f"rope_theta={self.rope_theta} must be larger than 1")
         for name in ("dim", "num_layers", "ffn_dim", "vocab_size", "max_seq_len"):
             check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
 
     @property
     def num_params(self) -> int:
@@ -229,10 +229,9 @@ def override(value: Any, path: str, text: str) -> Any:
     fields = {f.name for f in dataclasses.fields(value)}
     if name not in fields:
         near = difflib.get_close_matches(name, fields, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"{type(value).__name__} has no field {name!r}{hint} It has: {', '.join(sorted(fields))}"
-        )
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        have = ", ".join(sorted(fields))
+        raise ValueError(f"{type(value).__name__} has no field {name!r}{hint} It has: {have}")
     current = getattr(value, name)
     if rest:
         if not dataclasses.is_dataclass(current):
