@@ -44,7 +44,7 @@ class Model:
     def __post_init__(self):
         check(
             self.dim % (2 * self.num_heads) == 0,
-            f"dim={self.dim} is not an even multiple of num_heads={self.num_heads}: RoPE turns pairs",
+            f"dim={self.dim} is not an even multiple of num_heads={self.num_heads} (RoPE)",
         )
         check(
             self.num_heads % self.num_kv_heads == 0,
