@@ -1,0 +1,113 @@
+"""Causal attention with grouped heads: one meaning, a kernel for each platform.
+
+Axes: B batch, T query position, S key position, N query heads, K key/value heads,
+G = N / K queries per key, H head width.
+A query sees the keys of its own segment at positions up to its own.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from codellama_jax import config, sharding
+
+SPLASH_BLOCK = 512  # fits the VMEM of every TPU; sequences must be a multiple of 128
+
+
+def kernel(name: str, platform: str) -> str:
+    """Resolves "auto" for devices of `platform`; refuses a kernel that cannot run there."""
+    best = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")
+    if name == "auto":
+        return best
+    config.check(
+        name in ("xla", best),
+        f"attention={name!r} does not run on {platform}; use {best!r} or auto",
+    )
+    return name
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    segments_BT: jax.Array | None = None,
+    kernel: str = "xla",
+) -> jax.Array:
+    """Causal self-attention over whole rows (T = S). Returns [B, T, N, H] in the dtype of q."""
+    if kernel == "splash":
+        return _splash(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+    T = q_BTNH.shape[1]
+    mask_BTS = jnp.tril(jnp.ones((T, T), bool))[None]
+    if kernel == "cudnn":
+        if segments_BT is None:
+            return jax.nn.dot_product_attention(
+                q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn"
+            )
+        mask_BTS = mask_BTS & (segments_BT[:, :, None] == segments_BT[:, None, :])
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], implementation="cudnn"
+        )
+    if segments_BT is not None:
+        mask_BTS = mask_BTS & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    return masked(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+
+
+def masked(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array
+) -> jax.Array:
+    """softmax(q k / sqrt(H)) v with softmax in float32. Each query must see one key at least."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)  # [B, T, N, H] -> [B, T, K, G, H]
+    s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    s_BKGTS = jnp.where(mask_BTS[:, None, None], s_BKGTS / math.sqrt(H), -1e30)
+    p_BKGTS = jax.nn.softmax(s_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", p_BKGTS, v_BSKH)
+    return o_BTKGH.reshape(B, T, N, H)
+
+
+def _splash(q_BTNH, k_BSKH, v_BSKH, segments_BT):
+    """The TPU kernel, run by each device on its own rows and heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if segments_BT is None:
+        segments_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
+    heads = sharding.spec("batch", None, "heads", None)
+    local = jax.shard_map(
+        functools.partial(_splash_local, interpret=jax.default_backend() == "cpu" and mesh.empty),
+        mesh=mesh,
+        in_specs=(heads, heads, heads, sharding.spec("batch", None)),
+        out_specs=heads,
+        check_vma=False,  # the kernel does not say how its output varies
+    )
+    return local(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+
+
+def _splash_local(q_BTNH, k_BSKH, v_BSKH, segments_BT, *, interpret):
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as splash,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+
+    _, T, N, H = q_BTNH.shape
+    block = min(SPLASH_BLOCK, T)
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((T, T))] * N)
+    attend = splash.make_splash_mha(
+        mask,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+        residual_checkpoint_name="attention_out",
+        block_sizes=splash.BlockSizes(
+            **{name: block for name in ("block_q", "block_kv", "block_kv_compute")},
+            **{name: block for name in ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")},
+            **{name: block for name in ("block_q_dq", "block_kv_dq")},
+        ),
+    )
+    q_BTNH = (q_BTNH / np.sqrt(H)).astype(q_BTNH.dtype)
+    heads_first = [jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSKH, v_BSKH)]  # [B, heads, T, H]
+    o_BNTH = jax.vmap(attend)(*heads_first, splash.SegmentIds(q=segments_BT, kv=segments_BT))
+    return jnp.swapaxes(o_BNTH, 1, 2)

@@ -1,0 +1,258 @@
+"""Llama 2: the decoder that every Code Llama is.
+
+Pre-norm residual blocks, RMSNorm, SwiGLU, rotary positions, grouped key/value heads, no biases.
+Weights bear Meta's names and lie stacked over layers, or layer by layer for decoding. Modules are
+made in `__init__`, compute in `__call__`, and are plain pytrees: only JAX's transforms touch them.
+
+Axes: B batch  T query position  S key position  D width  N query heads  K key/value heads
+      H head width  F ffn width  V vocabulary  L layers
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from codellama_jax import attention, config, sharding
+
+POLICIES = jax.checkpoint_policies
+REMAT = {  # what a layer keeps for its backward pass; the rest is computed again
+    "none": POLICIES.everything_saveable,
+    "full": POLICIES.nothing_saveable,
+    "dots": POLICIES.dots_with_no_batch_dims_saveable,
+    "attention": POLICIES.save_only_these_names("query", "key", "value", "attention_out"),
+}
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer seen so far; slot s holds position s."""
+
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
+
+
+class Compute(NamedTuple):
+    """How to compute, from config.Layout; never changes what is computed."""
+
+    dtype: jnp.dtype = jnp.bfloat16
+    remat: str = "full"
+    kernel: str = "xla"
+    scan: bool = True
+
+    @classmethod
+    def of(cls, layout: config.Layout, platform: str) -> "Compute":
+        kernel = attention.kernel(layout.attention, platform)
+        return cls(jnp.dtype(layout.compute_dtype), layout.remat, kernel, layout.scan_layers)
+
+
+class Llama(nnx.Module):
+    """Tokens to logits. `layers` is one Block with stacked weights, or a list of Blocks."""
+
+    def __init__(self, model: config.Model, rngs: nnx.Rngs, stacked: bool = True):
+        D, V = model.dim, model.vocab_size
+        self.model = model
+        self.tok_embeddings = weight(rngs, (V, D), ("vocab", "embed"))
+        keys = jax.random.split(rngs.params(), model.num_layers)
+        if stacked:
+            self.layers = jax.vmap(lambda key: Block(model, nnx.Rngs(key)))(keys)
+        else:
+            self.layers = nnx.List([Block(model, nnx.Rngs(key)) for key in keys])
+        self.norm = ones((D,), (None,))
+        if not model.tied_embeddings:
+            self.output = weight(rngs, (D, V), ("embed", "vocab"))
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array | None = None,
+        caches: list[Cache] | None = None,
+        *,
+        compute: Compute,
+    ):
+        """Returns the normalised hidden states x_BTD, and the caches if there were any.
+
+        positions_BT count from 0 in each document. With caches, `layers` must be a list; the keys
+        and values of the tokens are written at their positions before they are read.
+        """
+        x_BTD = self.tok_embeddings[...].astype(compute.dtype)[tokens_BT]
+        x_BTD = sharding.constrain(x_BTD, "batch", "length", None)
+        rope = rope_table(positions_BT, self.model)
+        if caches is not None:
+            x_BTD, caches = self._cached(x_BTD, rope, positions_BT, caches)
+        else:
+            x_BTD = self._rows(x_BTD, rope, segments_BT, compute)
+        x_BTD = rms_norm(x_BTD, self.norm, self.model.norm_eps)
+        return x_BTD if caches is None else (x_BTD, caches)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Hidden states to float32 logits [..., V]."""
+        w_DV = self.tok_embeddings[...].T if self.model.tied_embeddings else self.output[...]
+        return jnp.einsum(
+            "...D,DV->...V", x_BTD, w_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32
+        )
+
+    def _rows(self, x_BTD, rope, segments_BT, compute):
+        def layer(x_BTD, block):
+            x_BTD = sharding.constrain(x_BTD, "batch", "length", None)
+
+            def attend(q_BTNH, k_BTKH, v_BTKH):
+                return attention.attend(
+                    q_BTNH, k_BTKH, v_BTKH, segments_BT=segments_BT, kernel=compute.kernel
+                )
+
+            return block(x_BTD, rope, attend), None
+
+        stacked = isinstance(self.layers, Block)
+        scan = stacked and compute.scan
+        if compute.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT[compute.remat], prevent_cse=not scan)
+        if scan:
+            return jax.lax.scan(layer, x_BTD, self.layers)[0]
+        blocks = unstack(self.layers, self.model.num_layers) if stacked else self.layers
+        for block in blocks:
+            x_BTD, _ = layer(x_BTD, block)
+        return x_BTD
+
+    def _cached(self, x_BTD, rope, positions_BT, caches):
+        new_caches = []
+        for block, cache in zip(self.layers, caches, strict=True):
+            kept = []
+
+            def attend(q_BTNH, k_BTKH, v_BTKH, cache=cache, kept=kept):
+                cache = write(cache, k_BTKH, v_BTKH, positions_BT)
+                kept.append(cache)
+                mask_BTS = jnp.arange(cache.k_BSKH.shape[1])[None, None] <= positions_BT[:, :, None]
+                k_BSKH, v_BSKH = (c.astype(q_BTNH.dtype) for c in cache)
+                return attention.masked(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+
+            x_BTD = block(x_BTD, rope, attend)
+            new_caches += kept
+        return x_BTD, new_caches
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, model: config.Model, rngs: nnx.Rngs):
+        self.attention = Attention(model, rngs)
+        self.feed_forward = FeedForward(model, rngs)
+        self.attention_norm = ones((model.dim,), (None,))
+        self.ffn_norm = ones((model.dim,), (None,))
+        self.eps = model.norm_eps
+
+    def __call__(self, x_BTD: jax.Array, rope: jax.Array, attend: Callable) -> jax.Array:
+        h_BTD = x_BTD + self.attention(rms_norm(x_BTD, self.attention_norm, self.eps), rope, attend)
+        return h_BTD + self.feed_forward(rms_norm(h_BTD, self.ffn_norm, self.eps))
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions; `attend` decides what a query sees."""
+
+    def __init__(self, model: config.Model, rngs: nnx.Rngs):
+        D, N, K, H = model.dim, model.num_heads, model.num_kv_heads, model.head_dim
+        self.wq = weight(rngs, (D, N, H), ("embed", "heads", None))
+        self.wk = weight(rngs, (D, K, H), ("embed", "kv_heads", None))
+        self.wv = weight(rngs, (D, K, H), ("embed", "kv_heads", None))
+        self.wo = weight(rngs, (N, H, D), ("heads", None, "embed"), scale=residual_scale(model))
+
+    def __call__(self, x_BTD: jax.Array, rope: jax.Array, attend: Callable) -> jax.Array:
+        q_BTNH, k_BTKH, v_BTKH = (
+            jnp.einsum("BTD,DNH->BTNH", x_BTD, w[...].astype(x_BTD.dtype))
+            for w in (self.wq, self.wk, self.wv)
+        )
+        q_BTNH = checkpoint_name(rotate(q_BTNH, rope), "query")
+        k_BTKH = checkpoint_name(rotate(k_BTKH, rope), "key")
+        o_BTNH = attend(q_BTNH, k_BTKH, checkpoint_name(v_BTKH, "value"))
+        o_BTNH = checkpoint_name(o_BTNH, "attention_out")
+        return jnp.einsum("BTNH,NHD->BTD", o_BTNH, self.wo[...].astype(x_BTD.dtype))
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, model: config.Model, rngs: nnx.Rngs):
+        D, F = model.dim, model.ffn_dim
+        self.w1 = weight(rngs, (D, F), ("embed", "ffn"))
+        self.w2 = weight(rngs, (F, D), ("ffn", "embed"), scale=residual_scale(model))
+        self.w3 = weight(rngs, (D, F), ("embed", "ffn"))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        w1, w2, w3 = (w[...].astype(x_BTD.dtype) for w in (self.w1, self.w2, self.w3))
+        gate_BTF = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x_BTD, w1))
+        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, w3)
+        return jnp.einsum("BTF,FD->BTD", gate_BTF * up_BTF, w2)
+
+
+def rms_norm(x_BTD: jax.Array, weight_D: nnx.Param, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) in float32, rounded to the dtype of x, then times the weight."""
+    x32_BTD = x_BTD.astype(jnp.float32)
+    scale_BT1 = jax.lax.rsqrt(jnp.mean(x32_BTD * x32_BTD, axis=-1, keepdims=True) + eps)
+    return (x32_BTD * scale_BT1).astype(x_BTD.dtype) * weight_D[...].astype(x_BTD.dtype)[None, None]
+
+
+def rope_table(positions_BT: jax.Array, model: config.Model) -> jax.Array:
+    """(cos, sin) [2, B, T, 1, H/2] of position * theta^(-2i/H), float32 from the start.
+
+    bfloat16 cannot hold consecutive integers above 256.
+    """
+    H = model.head_dim
+    frequencies = 1.0 / model.rope_theta ** (jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+    angles = positions_BT.astype(jnp.float32)[..., None, None] * frequencies
+    return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+
+
+def rotate(x_BTNH: jax.Array, rope: jax.Array) -> jax.Array:
+    """Turns pair (i, i + H/2) of each head by its angle, in float32.
+
+    Meta pairs (2i, 2i + 1) instead; convert.py permutes wq and wk at the border.
+    """
+    cos, sin = rope
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def write(cache: Cache, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> Cache:
+    """The cache with keys and values put at their positions; positions past its end are dropped."""
+    rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
+    return Cache(
+        *(
+            c.at[rows_B1, positions_BT].set(new.astype(c.dtype), mode="drop")
+            for c, new in zip(cache, (k_BTKH, v_BTKH), strict=True)
+        )
+    )
+
+
+def empty_caches(model: config.Model, batch: int, length: int, dtype) -> list[Cache]:
+    """A cache per layer for `batch` rows of up to `length` positions."""
+    shape = (batch, length, model.num_kv_heads, model.head_dim)
+    return [
+        Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(model.num_layers)
+    ]
+
+
+def unstack(layers, num_layers: int) -> list:
+    """A pytree of stacked layers as one pytree per layer: decoding is fast only in this form."""
+    return [jax.tree.map(lambda w, i=i: w[i], layers) for i in range(num_layers)]
+
+
+# -- weights -----------------------------------------------------------------------------------
+def weight(rngs: nnx.Rngs, shape, axes, scale: float = 1.0) -> nnx.Param:
+    """A normal(0, 0.02 * scale) weight that remembers the logical names of its dims.
+
+    No initialisation of Llama 2 is published; 0.02 is the initializer_range of its configs.
+    """
+    values = 0.02 * scale * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(values, axes=axes)
+
+
+def ones(shape, axes) -> nnx.Param:
+    return nnx.Param(jnp.ones(shape, jnp.float32), axes=axes)
+
+
+def residual_scale(model: config.Model) -> float:
+    """1 / sqrt(2 L): a residual stream of the same variance at any depth (GPT-2, section 2.3)."""
+    return (2 * model.num_layers) ** -0.5

@@ -1,0 +1,102 @@
+"""Where arrays lie: the mesh, one table from logical axes to mesh axes, and how to apply it.
+
+A weight names its logical axes where it is made (model.py). Only this file knows mesh axes. In
+prose a placement is written x[B_(data,fsdp), T_context, D].
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from codellama_jax import config
+
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+
+AXIS_RULES = {
+    # weights
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "ffn": "tensor",
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": "context",
+}
+
+
+def make_mesh(layout: config.Layout, devices: list | None = None) -> Mesh:
+    """The mesh of `layout` over `devices` (default: all of them).
+
+    Raises ValueError when the sizes of the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [layout.data, layout.fsdp, layout.tensor, layout.context]
+    if layout.fsdp == -1:
+        others = layout.data * layout.tensor * layout.context
+        config.check(
+            len(devices) % others == 0,
+            f"{len(devices)} devices do not divide by data * tensor * context = {others}",
+        )
+        sizes[1] = len(devices) // others
+    config.check(
+        int(np.prod(sizes)) == len(devices),
+        f"the mesh {dict(zip(MESH_AXES, sizes, strict=True))} needs {np.prod(sizes)} devices, "
+        f"there are {len(devices)}; layout.fsdp=-1 takes what is left",
+    )
+    # Auto: two activation constraints suffice, where Explicit would want one at every product.
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+
+
+def spec(*axes: str | None) -> P:
+    """The placement of an array whose dims have these logical names; None is never split."""
+    return P(*(AXIS_RULES.get(axis) if axis else None for axis in axes))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Tells the compiler where activation `x` lies. Does nothing outside a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(*axes))
+
+
+def check_divides(shapes: Any, axes: Any, mesh: Mesh) -> None:
+    """Raises ValueError when a weight does not divide by the mesh axes it is split over."""
+
+    def check(path, shape, names):
+        for size, name in zip(shape.shape, names, strict=True):
+            ways = mesh.shape.get(AXIS_RULES.get(name) or "", 1)
+            config.check(
+                size % ways == 0,
+                f"{jax.tree_util.keystr(path, simple=True, separator='.')} has {size} {name}, "
+                f"which {ways} devices of mesh axis {AXIS_RULES.get(name)!r} do not divide",
+            )
+
+    jax.tree_util.tree_map_with_path(check, shapes, axes)
+
+
+def of_axes(axes: Any, mesh: Mesh) -> Any:
+    """A tree of axis-name tuples as a tree of shardings on `mesh`."""
+    return jax.tree.map(
+        lambda names: NamedSharding(mesh, spec(*names)),
+        axes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over (data, fsdp); the row itself stays whole: its length is T + 1."""
+    return NamedSharding(mesh, spec("batch"))
+
+
+def global_batch(host_batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Host-local rows [B / processes, ...] as global arrays [B, ...] split over the mesh."""
+    place = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), host_batch)
