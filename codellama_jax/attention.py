@@ -14,6 +14,7 @@ import numpy as np
 
 from codellama_jax import config, sharding
 
+QUERY_BLOCK = 128  # of the plain XLA form
 SPLASH_BLOCK = 512  # fits the VMEM of every TPU; sequences must be a multiple of 128
 
 
@@ -40,20 +41,34 @@ def attend(
     """Causal self-attention over whole rows (T = S). Returns [B, T, N, H] in the dtype of q."""
     if kernel == "splash":
         return _splash(q_BTNH, k_BSKH, v_BSKH, segments_BT)
-    T = q_BTNH.shape[1]
-    mask_BTS = jnp.tril(jnp.ones((T, T), bool))[None]
     if kernel == "cudnn":
-        if segments_BT is None:
-            return jax.nn.dot_product_attention(
-                q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn"
-            )
-        mask_BTS = mask_BTS & (segments_BT[:, :, None] == segments_BT[:, None, :])
-        return jax.nn.dot_product_attention(
-            q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], implementation="cudnn"
-        )
-    if segments_BT is not None:
-        mask_BTS = mask_BTS & (segments_BT[:, :, None] == segments_BT[:, None, :])
-    return masked(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+        return _cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+    return _blocks(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+
+
+def _blocks(q_BTNH, k_BSKH, v_BSKH, segments_BT):
+    """Plain XLA, a block of queries at a time: it skips the keys after the block, which causality
+    hides, and scores stay small enough for a cache. Long rows get longer blocks, 16 at most."""
+    T = q_BTNH.shape[1]
+    block = max(QUERY_BLOCK, -(-T // 16))
+    outs = []
+    for start in range(0, T, block):
+        stop = min(start + block, T)
+        mask_BTS = (jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None])[None]
+        if segments_BT is not None:
+            same = segments_BT[:, start:stop, None] == segments_BT[:, None, :stop]
+            mask_BTS = mask_BTS & same
+        outs.append(masked(q_BTNH[:, start:stop], k_BSKH[:, :stop], v_BSKH[:, :stop], mask_BTS))
+    return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
+
+
+def _cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT):
+    """The NVIDIA kernel; segments need an explicit mask, [B, 1, T, S] bool."""
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    if segments_BT is None:
+        return attend(q_BTNH, k_BSKH, v_BSKH, is_causal=True)
+    same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+    return attend(q_BTNH, k_BSKH, v_BSKH, is_causal=True, mask=same_BTS[:, None])
 
 
 def masked(
