@@ -1,0 +1,415 @@
+"""Text to token ids and back, as Code Llama does it; and the training of a small vocabulary.
+
+A vocabulary is a SentencePiece `tokenizer.model`: Meta's of 32,000 pieces, Code Llama's of 32,016,
+or a nano one from `train`. Three things make a Tokenizer more than a SentencePieceProcessor:
+
+- *Infilling.* SentencePiece puts a space before every text. A middle or a suffix continues a
+  document, so it is encoded without (`encode_infilling`), and decoded without losing a space of
+  its own (`decode_infilling`). Paper, section 2.3.
+- *Text stays text.* Code Llama's infilling marks are ordinary pieces, so a plain encoder turns
+  the text " <EOT>" into the mark that ends an infilling. Ours spells such text with other pieces.
+- *Token healing.* A prompt that ends inside a word ends in a token the model never saw there.
+  `take_back` gives up that token; `allowed_while_spelling` has the model write its text anew.
+
+One loss is SentencePiece's own: the character U+2581, its mark for a space, decodes to a space.
+"""
+
+import codecs
+import hashlib
+import io
+import os
+import re
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+
+import numpy as np
+import sentencepiece
+from etils import epath
+
+SPACE = "\u2581"  # how pieces write a space
+INFILLING_PIECES = tuple(SPACE + mark for mark in ("<PRE>", "<SUF>", "<MID>", "<EOT>"))  # by id
+STEP_PIECE = "<step>"  # ends a message in the chat of Code Llama 70B
+CONTROL_PIECES = (*INFILLING_PIECES, *(SPACE + "<EOT>" * n for n in range(2, 7)), STEP_PIECE)
+# Code Llama's other new pieces are there so that merges can reach the four marks; they mean text.
+BUILDING_PIECES = tuple(
+    SPACE + part for part in ("<SU", "<SUF", "<PRE", "<M", "<MID", "<E", "<EOT")
+)
+NEVER_FROM_TEXT = frozenset(CONTROL_PIECES + BUILDING_PIECES)
+
+# As in SentencePiece, every byte that is no part of a character becomes one U+FFFD.
+codecs.register_error("codellama_each_byte", lambda error: ("\ufffd", error.start + 1))
+
+
+class Tokenizer:
+    """A vocabulary; immutable, and cheap to pickle (only its path travels).
+
+    path           where it was read from
+    vocab_size     number of ids
+    bos_id eos_id  begin and end of a document
+    prefix_id suffix_id middle_id eot_id   marks of an infilling; None where the model has none
+    step_id        end of a chat message; None for all but Code Llama 70B
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        """Raises ValueError when there is no file at `path`, or no SentencePiece model in it."""
+        self.path = os.fspath(path)
+        self._model = _read(self.path)
+        self._trusting = _load(self._model)
+        self.vocab_size = self._trusting.vocab_size()
+        self.bos_id, self.eos_id = self._trusting.bos_id(), self._trusting.eos_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise ValueError(f"{self.path} has no <s> or no </s>; Llama's vocabulary has both")
+        pieces = self._trusting.id_to_piece(list(range(self.vocab_size)))
+        ids = {piece: i for i, piece in enumerate(pieces)}
+        marks = [ids.get(piece) for piece in (*INFILLING_PIECES, STEP_PIECE)]
+        self.prefix_id, self.suffix_id, self.middle_id, self.eot_id, self.step_id = marks
+        self._guarded_model = _as_control(self._model, {ids.get(name) for name in NEVER_FROM_TEXT})
+        self._guarded = _load(self._guarded_model)
+        self._names = {ids[name]: name for name in CONTROL_PIECES if name in ids}
+        self._bytes = [self._bytes_of(i, piece) for i, piece in enumerate(pieces)]
+        self._puts_space = bool(_settings(self._model, _NORMALIZER).get(_ADD_DUMMY_PREFIX, 1))
+
+    def __reduce__(self):
+        return Tokenizer, (self.path,)
+
+    # -- text to ids -----------------------------------------------------------------------------
+
+    def encode(
+        self, text: str, bos: bool = False, eos: bool = False, control_text: bool = False
+    ) -> list[int]:
+        """Ids of a text that begins a document; those of Meta's `encode`.
+
+        control_text=True lets text that spells an infilling mark become that mark, as Meta's
+        does; only for text you trust. Raises UnicodeEncodeError (a ValueError) for a lone
+        surrogate, which no UTF-8 can hold.
+        """
+        processor = self._trusting if control_text else self._guarded
+        return [self.bos_id] * bos + processor.encode(text.encode()) + [self.eos_id] * eos
+
+    def encode_infilling(self, text: str, control_text: bool = False) -> list[int]:
+        """Ids of a text that continues another: no space is put before it (section 2.3).
+
+        encode("Hello") -> [▁Hello]    encode_infilling("Hello") -> [Hello]
+        If `a` ends in a newline, encode(a + b) == encode(a) + encode_infilling(b).
+        """
+        processor = self._trusting_continuing if control_text else self._continuing
+        return processor.encode(text.encode())
+
+    # -- ids to text -----------------------------------------------------------------------------
+
+    def decode(self, ids: Iterable[int], control_text: bool = False) -> str:
+        """Text of ids that begin a document: undoes `encode`.
+
+        Like Meta's, drops the space that `encode` put in front. Control ids decode to nothing, or
+        the infilling marks to their names with control_text=True. Raises ValueError for an
+        id that is not in the vocabulary.
+        """
+        return "".join(self.stream(ids, control_text=control_text))
+
+    def decode_infilling(self, ids: Iterable[int], control_text: bool = False) -> str:
+        """Text of ids that continue a document: undoes `encode_infilling`.
+
+        decode([▁Remove]) -> "Remove"    decode_infilling([▁Remove]) -> " Remove"
+        """
+        return "".join(self.stream(ids, infilling=True, control_text=control_text))
+
+    def stream(
+        self, ids: Iterable[int], infilling: bool = False, control_text: bool = False
+    ) -> Iterator[str]:
+        """Yields text as soon as it is whole. Joined it is `decode`, or `decode_infilling`.
+
+        A character that several byte pieces spell waits for its last byte.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="codellama_each_byte")
+        drop_space = self._puts_space and not infilling
+        for token in ids:
+            spelling = self._spelling(int(token), control_text)
+            if drop_space and spelling:
+                # A byte piece 0x20 is a space of the text; only "▁" can be the one put in front.
+                added = spelling.startswith(b" ") and not self._trusting.is_byte(int(token))
+                spelling, drop_space = spelling[added:], False
+            if text := decoder.decode(spelling):
+                yield text
+        if text := decoder.decode(b"", final=True):
+            yield text
+
+    # -- token healing ---------------------------------------------------------------------------
+
+    def take_back(self, ids: Sequence[int]) -> tuple[list[int], str]:
+        """Takes the last token from ids: the shorter ids, and the text that token stood for.
+
+        [.., ▁x, ▁=, ▁] -> [.., ▁x, ▁=], " ". Nothing ("") is taken where no following text
+        could have merged: from no ids, a control id, or a byte piece such as the newline.
+        """
+        ids = [int(token) for token in ids]
+        if not ids or not self._spelling(ids[-1]) or self._trusting.is_byte(ids[-1]):
+            return ids, ""
+        return ids[:-1], self.decode_infilling(ids[-1:])
+
+    def allowed_first(self, text: str) -> np.ndarray:
+        """bool[V]: the ids whose own text starts with `text`; all for "".
+
+        For "ret": [ret], [retry], [return]. Enough for words; see allowed_while_spelling.
+        """
+        wanted = text.encode()
+        return np.array([spelling.startswith(wanted) for spelling in self._bytes])
+
+    def allowed_while_spelling(self, text: str) -> np.ndarray:
+        """bool[S+1, V]: row s is what may come when s of the S bytes of `text` are written.
+
+        An id is allowed if its text starts with the rest of `text` or is the start of that rest. So
+        the model may cut the text its own way: it writes a line indented by four as [▁▁▁] [▁return]
+        though the prompt ended in [▁▁▁▁]. After id i, s becomes min(s + num_bytes[i], S); row S
+        allows everything.
+        """
+        wanted = text.encode()
+        rows = [
+            [bool(b) and (b.startswith(rest) or rest.startswith(b)) for b in self._bytes]
+            for rest in (wanted[s:] for s in range(len(wanted)))
+        ]
+        return np.array([*rows, [True] * self.vocab_size])
+
+    @cached_property
+    def num_bytes(self) -> np.ndarray:
+        """int32[V]: how many bytes of text each id stands for; 0 for control ids."""
+        return np.array([len(spelling) for spelling in self._bytes], np.int32)
+
+    # -- what it is ------------------------------------------------------------------------------
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex sha256 of all that decides the ids of a text; not of the file's name or history."""
+        processor, ids = self._trusting, list(range(self.vocab_size))
+        types = "is_unknown", "is_control", "is_byte", "is_unused"
+        trainer, normalizer = (_settings(self._model, part) for part in (_TRAINER, _NORMALIZER))
+        identity = [
+            processor.id_to_piece(ids),
+            processor.get_score(ids),
+            [getattr(processor, kind)(ids) for kind in types],
+            [trainer.get(flag) for flag in _TRAINER_FLAGS],
+            [normalizer.get(flag) for flag in _NORMALIZER_FLAGS],
+        ]
+        return hashlib.sha256(repr(identity).encode()).hexdigest()
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    @cached_property
+    def _continuing(self) -> sentencepiece.SentencePieceProcessor:
+        return _load(self._guarded_model + _NO_DUMMY_SPACE)
+
+    @cached_property
+    def _trusting_continuing(self) -> sentencepiece.SentencePieceProcessor:
+        return _load(self._model + _NO_DUMMY_SPACE)
+
+    def _spelling(self, token: int, control_text: bool = False) -> bytes:
+        """The bytes of text that a token stands for."""
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(f"id {token} is not one of the {self.vocab_size} of {self.path}")
+        if control_text and token in self._names:
+            return self._names[token].replace(SPACE, " ").encode()
+        return self._bytes[token]
+
+    def _bytes_of(self, token: int, piece: str) -> bytes:
+        if token in self._names or self._trusting.is_control(token):
+            return b""
+        if self._trusting.is_byte(token):
+            return bytes([int(piece[1:-1], 16)])  # "<0x0A>"
+        if self._trusting.is_unknown(token):
+            return " \u2047 ".encode()
+        return piece.replace(SPACE, " ").encode()
+
+
+# -- training a vocabulary -----------------------------------------------------------------------
+
+WHITESPACE_PIECES = tuple(SPACE * n for n in range(2, 17))  # Llama has each up to 16
+_LAST = -1e9  # score of whitespace pieces in Llama: they merge after all others
+_MAX_CHARS = 32_000_000  # of training text; more changes nothing that a small vocabulary sees
+
+
+def train(texts: Iterable[str], vocab_size: int, path: str | os.PathLike) -> None:
+    """Trains a vocabulary with Llama's settings plus the infilling marks and writes it to `path`.
+
+    Byte-pair merges; digits apart; unknown characters as bytes; newline and tab always as bytes;
+    no normalisation; 0 <unk>, 1 <s>, 2 </s>, then 256 bytes. vocab_size counts all pieces. The last
+    four are ▁<PRE> ▁<SUF> ▁<MID> ▁<EOT>. Equal texts give an equal file. A few megabytes of text
+    are plenty; of more than 32 million characters every n-th line is used.
+
+    Raises ValueError when the texts are too few, or too many characters, for vocab_size.
+    """
+    added = len(WHITESPACE_PIECES) + len(INFILLING_PIECES)
+    model = _train_merges(_training_lines(texts), vocab_size, vocab_size - added)
+    path = epath.Path(path)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    unfinished.write_bytes(_with_llamas_pieces(model, vocab_size))
+    unfinished.replace(path)
+
+
+def _training_lines(texts: Iterable[str]) -> list[str]:
+    """Lines that hold every word with the space it has inside a document.
+
+    SentencePiece would put a space before each line, but only the first line of a document has
+    one; and an indent, which Llama cuts apart from its last space (▁▁▁ ▁return), would be
+    learned as one with its word. So the space is left to us, and runs of spaces are shortened.
+    """
+    lines = [line for text in texts for line in re.split(r"[\n\t]", " " + text)]
+    stride = -(-sum(map(len, lines)) // _MAX_CHARS) or 1
+    marks = re.compile("|".join(name.strip(SPACE) for name in INFILLING_PIECES))
+    return [re.sub("  +", " ", line) for line in lines[::stride] if not marks.search(line)]
+
+
+def _train_merges(lines: list[str], vocab_size: int, num_learned: int) -> bytes:
+    written = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=written,
+            vocab_size=num_learned,
+            model_type="bpe",
+            character_coverage=0.9995,  # Llama: 0.99995, whose rare characters cost a nano half
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,  # see _training_lines; the finished model has it
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"vocab_size={vocab_size} does not fit the {len(lines)} lines of text to train on. "
+            f"{num_learned} of its pieces are learned, and of these SentencePiece says: {error}"
+        ) from error
+    return written.getvalue()
+
+
+def _with_llamas_pieces(model: bytes, vocab_size: int) -> bytes:
+    """A trained model with whitespace pieces after the bytes and the infilling marks at the end."""
+    pieces, rest = _split(model)
+    num_special = 3 + 256  # <unk>, <s>, </s> and the bytes
+    spaces = [_piece(text, _LAST, _NORMAL) for text in WHITESPACE_PIECES]
+    marks = [_piece(text, 0.0, _USER_DEFINED) for text in INFILLING_PIECES]
+    settings = _pack(
+        [
+            (_TRAINER, _pack([(_VOCAB_SIZE, vocab_size)])),
+            (_NORMALIZER, _pack([(_ADD_DUMMY_PREFIX, 1)])),
+        ]
+    )
+    return _join(pieces[:num_special] + spaces + pieces[num_special:] + marks, rest + settings)
+
+
+# -- the file format -----------------------------------------------------------------------------
+# A SentencePiece model is a protocol buffer. Reading it here, not with a generated module, keeps
+# out a clash: two libraries that bring the same .proto file cannot be imported together.
+
+_PIECE, _TRAINER, _NORMALIZER = 1, 2, 3  # fields of the model
+_VOCAB_SIZE, _TRAINER_FLAGS = 4, (3, 24, 35)  # model type, whitespace as suffix, byte fallback
+_ADD_DUMMY_PREFIX, _NORMALIZER_FLAGS = 3, (2, 3, 4, 5)  # character map, dummy space, trimming, ▁
+_TYPE, _NORMAL, _CONTROL, _USER_DEFINED = 3, 1, 3, 4  # the type of a piece, and three of them
+
+
+def _pack(fields: Iterable[tuple[int, int | float | bytes]]) -> bytes:
+    """Serializes (number, value) pairs. Of a field that occurs twice, readers take the last."""
+    message = bytearray()
+    for number, value in fields:
+        if isinstance(value, int):
+            message += _varint(number << 3) + _varint(value)
+        elif isinstance(value, float):
+            message += _varint(number << 3 | 5) + struct.pack("<f", value)
+        else:
+            message += _varint(number << 3 | 2) + _varint(len(value)) + value
+    return bytes(message)
+
+
+def _varint(number: int) -> bytes:
+    """`number` in groups of seven bits, lowest first; the top bit of a byte says more follow."""
+    groups = bytearray()
+    while number > 127:
+        groups.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*groups, number])
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Yields the (number, value) pairs of a message: integers, or the bytes of all else.
+
+    Raises IndexError or ValueError when the bytes are no message.
+    """
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        number = shift = 0
+        while True:
+            byte = message[at]
+            number |= (byte & 127) << shift
+            at, shift = at + 1, shift + 7
+            if byte < 128:
+                return number
+
+    while at < len(message):
+        key = varint()
+        number, kind = key >> 3, key & 7
+        if kind == 0:
+            yield number, varint()
+            continue
+        size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
+        yield number, message[at : at + size]
+        at += size
+
+
+def _settings(model: bytes, part: int) -> dict[int, int | bytes]:
+    """The fields of the model's trainer or normalizer settings that the file gives."""
+    return {k: v for n, value in _fields(model) if n == part for k, v in _fields(value)}
+
+
+def _read(path: str) -> bytes:
+    """The bytes of a whole SentencePiece model. Raises ValueError for anything else."""
+    try:
+        model = epath.Path(path).read_bytes()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise ValueError(f"there is no file {path}; give the path of a tokenizer.model") from error
+    try:
+        if {_PIECE, _TRAINER, _NORMALIZER} <= {number for number, _ in _fields(model)}:
+            _load(model)
+            return model
+    except (RuntimeError, ValueError, LookupError):
+        pass
+    raise ValueError(
+        f"{path} ({len(model)} bytes) is not a whole SentencePiece model; "
+        "is it a tokenizer.json, a Git LFS pointer, or a broken download?"
+    )
+
+
+def _load(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_proto=model)
+
+
+def _split(model: bytes) -> tuple[list[bytes], bytes]:
+    """The pieces of a model, and the rest of it."""
+    fields = list(_fields(model))
+    rest = _pack(field for field in fields if field[0] != _PIECE)
+    return [value for number, value in fields if number == _PIECE], rest
+
+
+def _join(pieces: Iterable[bytes], rest: bytes) -> bytes:
+    return _pack((_PIECE, piece) for piece in pieces) + rest
+
+
+def _piece(text: str, score: float, kind: int) -> bytes:
+    return _pack([(1, text.encode()), (2, score), (_TYPE, kind)])
+
+
+def _as_control(model: bytes, ids: set[int | None]) -> bytes:
+    """The model with the pieces `ids` made control pieces, which no text ever becomes."""
+    pieces, rest = _split(model)
+    is_control = _pack([(_TYPE, _CONTROL)])
+    return _join((piece + is_control * (i in ids) for i, piece in enumerate(pieces)), rest)
+
+
+_NO_DUMMY_SPACE = _pack([(_NORMALIZER, _pack([(_ADD_DUMMY_PREFIX, 0)]))])
