@@ -1,0 +1,230 @@
+"""Checkpoints: whole or absent, written while training goes on, restored onto any mesh.
+
+<workdir>/<stage>/<step>/params      weights, float32, Meta's names, layers stacked
+                        /opt_state   Adam's moments (absent in imported weights)
+                        /recipe      JSON: model, stage, tokenizer fingerprint, versions
+<workdir>/<stage>/tokenizer.model    the tokenizer the weights speak
+"""
+
+import dataclasses
+import importlib.metadata
+import logging
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import orbax.checkpoint.checkpoint_managers as policies
+from etils import epath
+
+from codellama_jax import config, state
+from codellama_jax.config import check
+
+ITEMS = ("params", "opt_state", "recipe")
+
+
+class Checkpoints:
+    """The checkpoints of one stage, open for writing. Close it (or use `with`) to finish writes."""
+
+    def __init__(self, folder: epath.PathLike, keep: int):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every file at INFO
+        self.folder = epath.Path(folder)
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.LatestN(keep),
+                cleanup_tmp_directories=True,  # what a killed run left half-written
+            ),
+            item_names=ITEMS,
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """Newest whole step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, train_state: state.TrainState, recipe: dict) -> None:
+        """Starts writing the state under its step; returns once the arrays are copied."""
+        step = int(train_state.step)
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.PyTreeSave(train_state.params),
+                opt_state=ocp.args.PyTreeSave(train_state.opt_state),
+                recipe=ocp.args.JsonSave(recipe),
+            ),
+        )
+
+    def restore(self, abstract: state.TrainState) -> state.TrainState:
+        """The newest state, placed as `abstract` says (shapes, dtypes, shardings)."""
+        step = self.latest()
+        saved = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=_restore(abstract.params), opt_state=_restore(abstract.opt_state)
+            ),
+        )
+        counter = jax.device_put(np.int32(step), abstract.step.sharding)
+        return state.TrainState(counter, saved.params, saved.opt_state)
+
+    def must_save(self, step: int) -> bool:
+        """True once the machine has been told that it will be taken away (on all processes)."""
+        return self._manager.reached_preemption(step)
+
+
+def _restore(abstract: Any) -> ocp.args.PyTreeRestore:
+    return ocp.args.PyTreeRestore(
+        item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
+    )
+
+
+def find(path: epath.PathLike) -> epath.Path:
+    """The step folder meant by `path`: itself, or the newest step of a stage's folder.
+
+    Raises ValueError when there is none, with what lies there instead.
+    """
+    path = epath.Path(path)
+    check(path.exists(), f"there is no checkpoint at {path}: the folder does not exist")
+    if (path / "params").exists():
+        return path
+    steps = sorted((p for p in path.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    whole = [p for p in steps if (p / "params").exists()]
+    stages = sorted(p.name for p in path.iterdir() if p.is_dir() and any_step(p))
+    hint = f"; it holds the stages {', '.join(stages)}" if stages else ""
+    check(bool(whole), f"there is no checkpoint in {path}{hint}")
+    return whole[-1]
+
+
+def any_step(folder: epath.Path) -> bool:
+    """True when a stage's folder holds at least one whole checkpoint."""
+    return folder.is_dir() and any(
+        p.name.isdigit() and (p / "params").exists() for p in folder.iterdir()
+    )
+
+
+def read_recipe(path: epath.PathLike) -> dict:
+    """The recipe JSON of a checkpoint; its "model" becomes a config.Model."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        recipe = reader.restore(find(path) / "recipe")
+    recipe["model"] = config.from_json(config.Model, recipe["model"])
+    return recipe
+
+
+def restore_params(
+    path: epath.PathLike, model: config.Model, mesh: jax.sharding.Mesh | None = None, dtype=None
+) -> state.Params:
+    """The weights of a checkpoint of `model`, cast to `dtype` while read, placed on `mesh`."""
+    abstract = state.abstract_params(model)
+    if mesh is None:
+        places = jax.tree.map(
+            lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract
+        )
+    else:
+        places = state.param_shardings(model, mesh)
+    abstract = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=place),
+        abstract,
+        places,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(find(path) / "params", args=_restore(abstract))
+
+
+def load(
+    path: epath.PathLike, mesh: jax.sharding.Mesh | None = None, dtype=None
+) -> tuple[config.Model, state.Params, epath.Path | None]:
+    """(model, weights, tokenizer file or None) of a checkpoint or of a stage's folder."""
+    step = find(path)
+    model = read_recipe(step)["model"]
+    tokenizer = step.parent / "tokenizer.model"
+    return (
+        model,
+        restore_params(step, model, mesh, dtype),
+        tokenizer if tokenizer.exists() else None,
+    )
+
+
+def describe(stage: config.Stage, fingerprint: str) -> dict:
+    """The recipe JSON written beside the weights of `stage`."""
+    return {
+        "model": config.to_json(stage.model),
+        "stage": config.to_json(stage),
+        "tokenizer_fingerprint": fingerprint,
+        "code_version": _version("codellama_jax"),
+        "versions": {name: _version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+# -- may this stage go on from what lies there? --------------------------------------------------
+FREE = {  # fields that change speed or cadence but no number that is trained
+    "layout", "log_every", "eval_every", "eval_rows", "save_every", "keep_checkpoints",
+    "profile_from", "data.workers", "data.corpus", "data.tokenizer",
+}  # fmt: skip
+
+
+def check_same_stage(saved: dict, stage: config.Stage, fingerprint: str, folder: Any) -> None:
+    """Raises ValueError when `folder` was made by another recipe, naming each difference."""
+    old, new = _flat(saved["stage"] or {}), _flat(config.to_json(stage))
+    differences = [
+        f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+        and name not in FREE
+        and name.partition(".")[0] not in FREE
+    ]
+    check(
+        not differences,
+        f"{folder} was made by another recipe: {'; '.join(differences)}. "
+        "Set it back, or use another --workdir",
+    )
+    check_tokenizer(saved, fingerprint, folder)
+
+
+def check_parent(saved: dict, stage: config.Stage, fingerprint: str, folder: Any) -> None:
+    """Raises ValueError when the weights in `folder` cannot start `stage`.
+
+    The RoPE base and the longest row may change between stages; the shape may not.
+    """
+    old = dataclasses.replace(
+        saved["model"], rope_theta=stage.model.rope_theta, max_seq_len=stage.model.max_seq_len
+    )
+    old, new = config.to_json(old), config.to_json(stage.model)
+    differences = [f"{k} is {old[k]!r} there, {new[k]!r} here" for k in old if old[k] != new[k]]
+    check(
+        not differences,
+        f"stage {stage.name!r} cannot start from {folder}: {'; '.join(differences)}",
+    )
+    check_tokenizer(saved, fingerprint, folder)
+
+
+def check_tokenizer(saved: dict, fingerprint: str, folder: Any) -> None:
+    known = saved.get("tokenizer_fingerprint")
+    check(
+        known in (None, fingerprint),
+        f"{folder} was trained with another tokenizer (fingerprint {str(known)[:12]}, this one is "
+        f"{fingerprint[:12]}); use the tokenizer.model beside those weights",
+    )
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and name != "mix":
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,119 @@
+"""The command line of a recipe: list its stages, change fields, train."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from codellama_jax import config
+from codellama_jax.config import check
+
+Stages = dict[str, config.Stage]
+
+
+def main(stages: Callable[[str], Stages], sizes: tuple[str, ...], description: str) -> None:
+    """Runs one stage of a recipe: --size, --stage, --workdir, --set field=value, --list."""
+    args = parser(description, sizes).parse_args()
+    with refusals():
+        if args.list:
+            for size in [args.size] if args.size else sizes:
+                show(size, changed(stages(size), args.set))
+            return
+        check(args.size is not None, f"--size is missing; there are {', '.join(sizes)}")
+        rows = changed(stages(args.size), args.set)
+        check(args.stage is not None, f"--stage is missing; {args.size} has {', '.join(rows)}")
+        check(args.workdir is not None, "--workdir is missing: where checkpoints go (may be gs://)")
+        stage = pick(rows, args.stage, args.size)
+        start_processes()
+        from codellama_jax import train
+
+        train.train(stage, args.workdir)
+
+
+def parser(description: str, sizes: tuple[str, ...] = ()) -> argparse.ArgumentParser:
+    """The flags every recipe has."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if sizes:
+        made.add_argument("--size", choices=sizes, help="size of the model")
+    made.add_argument("--stage", help="stage to train; see --list")
+    made.add_argument("--workdir", help="folder for checkpoints, metrics and the corpus")
+    made.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change one field of the stage, such as optim.peak_lr=1e-4; may be repeated",
+    )
+    made.add_argument("--list", action="store_true", help="print every stage on one line, and stop")
+    return made
+
+
+def pick(stages: Stages, name: str, where: str) -> config.Stage:
+    check(name in stages, f"{where} has no stage {name!r}; it has {', '.join(stages)}")
+    return stages[name]
+
+
+def changed(stages: Stages, settings: list[str]) -> Stages:
+    """The stages with each FIELD=VALUE applied to all of them."""
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        check(bool(equals), f"--set {setting!r} is not of the form field=value")
+        stages = {name: config.override(stage, path, text) for name, stage in stages.items()}
+    return stages
+
+
+def show(title: str, stages: Stages) -> None:
+    """One line per stage."""
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = "stage|starts from|tokens|steps|batch|row|peak lr|RoPE base|infilling|mix"
+    table = Table(*columns.split("|"), title=title, title_justify="left", box=None)
+    for stage in stages.values():
+        table.add_row(
+            stage.name,
+            stage.start_from or "nothing",
+            _short(stage.tokens),
+            f"{stage.steps:,}",
+            _short(stage.data.batch_tokens),
+            f"{stage.data.seq_len:,}",
+            f"{stage.optim.peak_lr:g}",
+            f"{stage.model.rope_theta:g}",
+            f"{stage.data.infilling_rate:g}",
+            " ".join(f"{name} {share:.0%}" for name, share in stage.data.mix.items()),
+        )
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def start_processes() -> None:
+    """Joins the other hosts of a pod or cluster, if this process was started as one of many."""
+    import jax
+
+    many = (
+        "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+        or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+        or int(os.environ.get("JAX_NUM_PROCESSES", "1")) > 1
+    )
+    if many:
+        jax.distributed.initialize()
+
+
+class refusals:
+    """Turns a ValueError about the user's settings into one sentence and exit status 2."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, _) -> None:
+        if kind is not None and issubclass(kind, ValueError | FloatingPointError):
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+
+def _short(count: int) -> str:
+    for unit, size in (("B", config.B), ("M", config.M), ("k", config.K)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)

@@ -1,0 +1,209 @@
+"""What a stage says about itself: a live line, metrics.jsonl, and TensorBoard events.
+
+MFU (model FLOP utilisation) = tokens/s * flops per token / (devices * peak FLOP/s), where the flops
+per token are config.Model.flops_per_token: causal attention counted once, recomputation not counted.
+"""
+
+import json
+import math
+import os
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from codellama_jax import config
+
+PEAK_FLOPS = {  # bfloat16, per JAX device, from the makers' data sheets
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 1153.5e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def mfu(model: config.Model, seq_len: int, tokens_per_second: float, devices: list) -> float | None:
+    """Share of the devices' peak that the model's own arithmetic uses; None for unknown devices."""
+    peak = PEAK_FLOPS.get(devices[0].device_kind)
+    if peak is None:
+        return None
+    return tokens_per_second * model.flops_per_token(seq_len) / (peak * len(devices))
+
+
+class Record:
+    """The record of one stage, read one step late so that the devices never wait for it.
+
+    <folder>/metrics.jsonl holds a JSON object per logged step; a resumed stage first drops the lines
+    after its step. Only the first process of a run writes; all of them stop on a non-finite loss.
+    """
+
+    def __init__(self, folder: epath.PathLike, stage: config.Stage, start_step: int, devices: list):
+        self.stage, self.step, self.devices = stage, start_step, devices
+        self.folder = epath.Path(folder)
+        self.writes = jax.process_index() == 0
+        self._pending: tuple[int, Any] | None = None
+        self._bad: list[int] = []
+        self._tokens = dict.fromkeys(sorted(stage.data.mix), 0)
+        self._clock = _Clock(start_step)
+        if self.writes:
+            self._open()
+
+    def __enter__(self) -> "Record":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.writes:
+            self._bar.stop()
+            self._file.close()
+            self._events.close()
+
+    def stepped(self, values: dict[str, jax.Array], batch: dict[str, np.ndarray]) -> None:
+        """Notes that a step was dispatched with this host batch; reads the step before it.
+
+        Raises FloatingPointError when that step's loss is not finite.
+        """
+        before, self.step = self._pending, self.step + 1
+        self._pending = (self.step, values)
+        targets_B = batch["loss_mask"].sum(axis=1)
+        for number, name in enumerate(self._tokens):
+            self._tokens[name] += int(targets_B[batch["corpus"] == number].sum())
+        if before:
+            self._read(*before)
+
+    def flush(self) -> None:
+        """Reads the newest step, too: waits for the devices."""
+        if self._pending:
+            self._read(*self._pending)
+        self._pending = None
+
+    def evaluated(self, values: dict[str, Any], seconds: float) -> None:
+        """Notes held-out results of the current step and keeps their time out of tokens/s."""
+        self._clock.skip(seconds)
+        self._write(self.step, values)
+        losses = "  ".join(f"{name} {loss:.3f}" for name, loss in values["heldout"].items())
+        self.tell(f"{self.stage.name:<13} step {self.step:>6}  held-out loss: {losses}")
+
+    def tell(self, text: str) -> None:
+        """Prints a line above the live one."""
+        if self.writes:
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _read(self, step: int, values: dict[str, jax.Array]) -> None:
+        numbers = {name: float(value) for name, value in jax.device_get(values).items()}
+        if not math.isfinite(numbers["loss"]) or not math.isfinite(numbers["grad_norm"]):
+            raise FloatingPointError(
+                f"stage {self.stage.name!r}: loss {numbers['loss']} and gradient norm "
+                f"{numbers['grad_norm']} at step {step}. The last checkpoint is sound: start again "
+                "to go on from it, with a lower optim.peak_lr if it happens again"
+            )
+        if self.writes:
+            self._show(step, numbers)
+
+    def _show(self, step: int, numbers: dict[str, float]) -> None:
+        rate = self._clock.rate(step) * self.stage.data.batch_tokens
+        share = mfu(self.stage.model, self.stage.data.seq_len, rate, self.devices)
+        text = (
+            f"loss {numbers['loss']:.3f}  grad norm {numbers['grad_norm']:.2f}  "
+            f"lr {numbers['learning_rate']:.1e}  {rate:,.0f} tokens/s"
+        ) + (f"  MFU {share:.1%}" if share is not None else "")
+        self._bar.update(self._task, completed=step, text=text)
+        if step % self.stage.log_every and step != self.stage.steps:
+            return
+        self._write(
+            step,
+            {
+                "loss": numbers["loss"],
+                "grad_norm": numbers["grad_norm"],
+                "learning_rate": numbers["learning_rate"],
+                "tokens_per_second": rate,
+                "mfu": share,
+                "tokens": dict(self._tokens),
+            },
+        )
+        if not self._bar.console.is_terminal:
+            self.tell(f"{self.stage.name:<13} step {step:>6}/{self.stage.steps}  {text}")
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        if not self.writes:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in _flat(values).items():
+            self._events.add_scalar(name, value, step)
+
+    def _open(self) -> None:
+        from rich import progress
+        from tensorboardX import SummaryWriter
+
+        path = self.folder / "metrics.jsonl"
+        drop_after(path, self.step)
+        self._file = path.open("a")
+        self._events = SummaryWriter(os.fspath(self.folder / "events"), purge_step=self.step)
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description:<13}"),
+            progress.BarColumn(bar_width=20),
+            progress.MofNCompleteColumn(),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[text]}"),
+            transient=True,
+        )
+        self._task = self._bar.add_task(
+            self.stage.name, total=self.stage.steps, completed=self.step, text="compiling"
+        )
+        self._bar.start()
+
+
+class _Clock:
+    """Steps per second, smoothed; time that was not training is skipped."""
+
+    def __init__(self, step: int):
+        self._then, self._step, self._seconds = None, step, None
+
+    def skip(self, seconds: float) -> None:
+        if self._then is not None:
+            self._then += seconds
+
+    def rate(self, step: int) -> float:
+        now = time.monotonic()
+        if self._then is not None and step > self._step:
+            took = max(now - self._then, 1e-9) / (step - self._step)
+            self._seconds = took if self._seconds is None else 0.9 * self._seconds + 0.1 * took
+        self._then, self._step = now, step
+        return 1 / self._seconds if self._seconds else 0.0  # 0 for the step that compiled
+
+
+def drop_after(path: epath.Path, step: int) -> None:
+    """Rewrites a metrics.jsonl without the lines after `step` and without a half-written one."""
+    if not path.exists():
+        return
+    kept = [line for line in read(path.parent) if line["step"] <= step]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    temporary.replace(path)
+
+
+def read(folder: epath.PathLike) -> list[dict]:
+    """The lines of a stage's metrics.jsonl; the one that a killed run left half-written is not."""
+    lines = []
+    for text in (epath.Path(folder) / "metrics.jsonl").read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, float]:
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            flat[prefix + name] = value
+    return flat

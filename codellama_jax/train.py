@@ -1,0 +1,168 @@
+"""train(stage, workdir): one stage, from what lies in the workdir to its last checkpoint."""
+
+import time
+
+import jax
+from etils import epath
+
+from codellama_jax import checkpoint, config, optim, sharding, state, step
+from codellama_jax.config import check
+from codellama_jax.data import mix
+from codellama_jax.evals import heldout
+from codellama_jax.metrics import Record
+from codellama_jax.tokenizer import Tokenizer
+
+
+def train(stage: config.Stage, workdir: epath.PathLike) -> state.Params:
+    """Trains `stage` in <workdir>/<stage.name> and returns its last weights.
+
+    Raises ValueError for a workdir, corpus, tokenizer or parent that does not fit the stage, and
+    FloatingPointError when the loss stops being finite.
+    """
+    workdir = epath.Path(workdir)
+    folder, corpus_dir = workdir / stage.name, workdir / stage.data.corpus
+
+    # -- mesh, tokenizer, workdir --------------------------------------------------------------
+    mesh = sharding.make_mesh(stage.layout)
+    platform = mesh.devices.flat[0].platform
+    tokenizer = Tokenizer(workdir / stage.data.tokenizer)
+    check_fits(stage, tokenizer, mesh)
+    prepare_folder(folder, tokenizer)
+
+    with checkpoint.Checkpoints(folder, stage.keep_checkpoints) as checkpoints:
+        # -- state ---------------------------------------------------------------------------
+        train_state = first_state(stage, workdir, mesh, checkpoints, tokenizer.fingerprint)
+        start = int(train_state.step)
+        if start == stage.steps:
+            return train_state.params
+        recipe = checkpoint.describe(stage, tokenizer.fingerprint)
+
+        # -- data ----------------------------------------------------------------------------
+        batches = mix.batches(
+            stage.data,
+            corpus_dir,
+            tokenizer,
+            steps=stage.steps,
+            start_step=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        judge = heldout.Judge(stage, corpus_dir, tokenizer, mesh)
+
+        # -- loop ----------------------------------------------------------------------------
+        train_step = jax.jit(step.make_train_step(stage, platform), donate_argnums=0)
+        with Record(folder, stage, start, list(mesh.devices.flat)) as record, jax.set_mesh(mesh):
+            record.tell(opening(stage, mesh, start))
+            if start == 0:
+                evaluate(judge, train_state.params, record)
+            for host_batch in batches:
+                now = record.step + 1
+                profile(stage, folder, now)
+                batch = {name: x for name, x in host_batch.items() if name != "corpus"}
+                batch = sharding.global_batch(batch, mesh)
+                train_state, values = train_step(train_state, batch)
+                record.stepped(values, host_batch)
+                last = now == stage.steps
+                due = now % stage.save_every == 0 or checkpoints.must_save(now)
+                if last or due or now % stage.eval_every == 0:
+                    record.flush()  # a state whose loss was not finite is never kept
+                if last or now % stage.eval_every == 0:
+                    evaluate(judge, train_state.params, record)
+                if last or due:
+                    checkpoints.save(train_state, recipe)
+    return train_state.params
+
+
+def first_state(
+    stage: config.Stage,
+    workdir: epath.Path,
+    mesh: jax.sharding.Mesh,
+    checkpoints: checkpoint.Checkpoints,
+    fingerprint: str,
+) -> state.TrainState:
+    """The state to go on from. Looked for in this order; the order matters:
+
+    1. the newest checkpoint of this stage: the run goes on, bit for bit, where it was;
+    2. the newest checkpoint of stage.start_from: its weights, a fresh optimizer;
+    3. random weights, if stage.start_from is None.
+    """
+    tx = optim.adamw(stage.optim, stage.steps)
+    if checkpoints.latest() is not None:
+        saved = checkpoint.read_recipe(checkpoints.folder)
+        checkpoint.check_same_stage(saved, stage, fingerprint, checkpoints.folder)
+        return checkpoints.restore(state.abstract_state(stage.model, tx, mesh))
+    if stage.start_from is not None:
+        parent = workdir / stage.start_from
+        check(
+            checkpoint.any_step(parent),
+            f"stage {stage.name!r} starts from {stage.start_from!r}, but {parent} holds no "
+            f"checkpoint: train that stage first, or import weights there",
+        )
+        checkpoint.check_parent(checkpoint.read_recipe(parent), stage, fingerprint, parent)
+        params = checkpoint.restore_params(parent, stage.model, mesh)
+        return state.state_from_params(params, stage.model, tx, mesh)
+    return state.random_state(stage.model, tx, mesh, stage.seed)
+
+
+def evaluate(judge: heldout.Judge, params: state.Params, record: Record) -> None:
+    began = time.monotonic()
+    record.evaluated(judge(params), time.monotonic() - began)
+
+
+def opening(stage: config.Stage, mesh: jax.sharding.Mesh, start: int) -> str:
+    """What is about to run, in one line."""
+    devices = mesh.devices.size
+    gigabytes = 12 * stage.model.num_params / devices / 1e9  # weights and two moments, float32
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "1"
+    origin = f"resumes at step {start}" if start else f"starts from {stage.start_from or 'nothing'}"
+    return (
+        f"{stage.name:<13} {origin}: {stage.model.num_params / 1e6:,.1f} M parameters, "
+        f"{stage.steps:,} steps of {stage.data.batch_tokens:,} tokens in rows of "
+        f"{stage.data.seq_len:,}, mesh {axes} of {devices} {mesh.devices.flat[0].device_kind}, "
+        f"{gigabytes:.2g} GB of state each"
+    )
+
+
+def profile(stage: config.Stage, folder: epath.Path, now: int) -> None:
+    """Records steps profile_from .. profile_from + 2 for TensorBoard's profiler."""
+    if stage.profile_from < 0:
+        return
+    if now == stage.profile_from:
+        jax.profiler.start_trace(str(folder / "events"))
+    if now == min(stage.profile_from + 3, stage.steps):
+        jax.profiler.stop_trace()
+
+
+# -- refusals ------------------------------------------------------------------------------------
+def check_fits(stage: config.Stage, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError where stage, tokenizer and mesh contradict each other."""
+    check(
+        tokenizer.vocab_size == stage.model.vocab_size,
+        f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces, the model of stage "
+        f"{stage.name!r} has vocab_size={stage.model.vocab_size}",
+    )
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = stage.data.rows_per_batch // stage.layout.microbatches
+    check(
+        rows % ways == 0,
+        f"{rows} rows per microbatch do not divide among data * fsdp = {ways} devices: change "
+        "data.batch_tokens, layout.microbatches or the mesh",
+    )
+    check(
+        stage.profile_from + 2 < stage.steps,
+        f"profile_from={stage.profile_from} leaves no 3 steps of {stage.steps} to profile",
+    )
+
+
+def prepare_folder(folder: epath.Path, tokenizer: Tokenizer) -> None:
+    """Makes the stage's folder with the tokenizer in it; refuses one that cannot be written."""
+    if jax.process_index() != 0:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / "tokenizer.model"
+        temporary = folder / "tokenizer.model.tmp"
+        temporary.write_bytes(epath.Path(tokenizer.path).read_bytes())
+        temporary.replace(target)
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror or error}") from error
