@@ -1,0 +1,291 @@
+"""A prepared corpus: a folder of documents with their token counts and a manifest.
+
+    DIR/manifest.json                                   written last: without it there is no corpus
+    DIR/<name>/{train,heldout}-00000-of-00003.array_record    documents, JSON, random access
+    DIR/<name>/{train,heldout}.lengths.npy              uint32: tokens of every document
+
+A record is {"text" or "dialog", "path", "part", "language", "source", "licence"}, with
+"chunk_tokens" for a long text (see tokens.py). Files are written under a temporary name and then
+renamed. Which documents are held out depends on the path of their file alone: all parts of a file
+go together, in every corpus, and none is ever trained on.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from codellama_jax import prompts
+from codellama_jax.data import shuffle, tokens
+from codellama_jax.data.gather import Gathered, Request, gather
+from codellama_jax.data.sources import Document
+
+FORMAT = 1  # of the folder; a change makes older folders unreadable
+SHARD_BYTES = 256 * 1024**2
+SPLITS = ("train", "heldout")
+Progress = Callable[[str, int, int], None]  # name of the corpus, documents done, documents
+
+
+class Split:
+    """The documents of one corpus that are trained on, or those held out."""
+
+    def __init__(self, folder: Path, files: list[str], lengths: str):
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        self.lengths = np.load(folder / lengths, mmap_mode="r")
+        self._records = ArrayRecordDataSource([str(folder / file) for file in files])
+        if len(self._records) != len(self.lengths):
+            raise ValueError(
+                f"{folder} is damaged: {len(self._records)} documents in {files[0]} and its "
+                f"fellows, {len(self.lengths)} lengths in {lengths}; prepare the corpus again"
+            )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def record(self, number: int) -> dict:
+        return json.loads(self._records[number])
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """An opened folder. names: its corpora, e.g. code, python, language."""
+
+    folder: Path
+    manifest: dict
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.manifest["corpora"])
+
+    def split(self, name: str, which: str) -> Split:
+        """which: "train" or "heldout". Raises ValueError for a name that is not there."""
+        if name not in self.names:
+            raise ValueError(
+                f"{self.folder} has no corpus {name!r}; it has {', '.join(self.names)}"
+            )
+        entry = self.manifest["corpora"][name][which]
+        return Split(self.folder, entry["records"], entry["lengths"])
+
+    def texts(self, names: list[str], which: str = "train") -> Iterator[str]:
+        """The texts of some corpora, in order."""
+        for name in names:
+            split = self.split(name, which)
+            yield from (split.record(i)["text"] for i in range(len(split)))
+
+
+# -- preparing --------------------------------------------------------------------------------
+
+
+def prepare(
+    folder: str | Path,
+    tokenizer,
+    request: Request | None = None,
+    *,
+    gathered: Gathered | None = None,
+    progress: Progress | None = None,
+) -> Corpus:
+    """Writes the corpora of `request` to `folder`, or opens them where that is already done.
+
+    gathered: what gather(request) returned, where the caller already has it.
+    Raises ValueError if the folder holds a corpus made from another request, other files or for
+    another tokenizer.
+    """
+    folder, request = Path(folder), request or Request()
+    asked = {"request": request.fingerprint(), "tokenizer": tokenizer.fingerprint}
+    if (folder / "manifest.json").exists():
+        corpus = open(folder, tokenizer)
+        if corpus.manifest["asked"] != asked:
+            raise ValueError(
+                f"{folder} was prepared with other settings, or its source files have changed "
+                "since; delete it or choose another folder"
+            )
+        return corpus
+    gathered = gathered or gather(request)
+    folder.mkdir(parents=True, exist_ok=True)
+    corpora = {}
+    for name, documents in gathered.corpora.items():
+        records = [_record(document) for document in documents]
+        corpora[name] = _write_corpus(folder, name, records, tokenizer, request, progress)
+        corpora[name]["origin"] = gathered.origin[name]
+    manifest = {
+        "format": FORMAT,
+        "asked": asked,
+        "settings": asdict(request),
+        "corpora": corpora,
+        "removed": gathered.tally.removed,
+        "files": {
+            path.relative_to(folder).as_posix(): _checksum(path)
+            for name in corpora
+            for path in sorted((folder / name).iterdir())
+        },
+    }
+    _write(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+    return open(folder, tokenizer)
+
+
+def training_texts(gathered: Gathered, names: list[str]) -> Iterator[str]:
+    """The texts of some gathered corpora that will be trained on: what a tokenizer may see."""
+    for name in names:
+        documents = gathered.corpora[name]
+        held_out = heldout_paths([_record(d) for d in documents], gathered.request)
+        yield from (d.text for d in documents if (d.source, d.path) not in held_out)
+
+
+def heldout_paths(records: list[dict], request: Request) -> set[tuple[str, str]]:
+    """The (source, path) of every file that is held out: those whose hash is small.
+
+    At least one of two or more.
+    """
+    files = {(record["source"], record["path"]) for record in records}
+    rank = {file: shuffle.hash64(request.seed, "heldout", file[1]) / 2**64 for file in files}
+    held_out = {file for file in files if rank[file] < request.heldout_rate}
+    return held_out or ({min(files, key=rank.get)} if len(files) > 1 else set())
+
+
+def _record(document: Document | dict) -> dict:
+    return document if isinstance(document, dict) else asdict(document)
+
+
+def _write_corpus(
+    folder: Path, name: str, records: list[dict], tokenizer, request: Request, progress
+) -> dict:
+    """Writes both splits of one corpus; returns its entry of the manifest."""
+    (folder / name).mkdir(exist_ok=True)
+    for left in (folder / name).iterdir():  # of a run that was killed
+        left.unlink()
+    held_out = heldout_paths(records, request)
+    splits: dict[str, list[dict]] = {"train": [], "heldout": []}
+    for record in records:
+        which = "heldout" if (record["source"], record["path"]) in held_out else "train"
+        splits[which].append(record)
+    entry = {"kind": "dialogues" if "dialog" in records[0] else "documents"}
+    done = 0
+    for which, chosen in splits.items():
+        entry[which] = _write_split(folder, f"{name}/{which}", chosen, tokenizer)
+        done += len(chosen)
+        if progress:
+            progress(name, done, len(records))
+    return entry
+
+
+def _write_split(folder: Path, stem: str, records: list[dict], tokenizer) -> dict:
+    lengths, languages, lines = [], {}, []
+    for record in records:
+        length, size = _measure(record, tokenizer)
+        lengths.append(length)
+        entry = languages.setdefault(record["language"], {"documents": 0, "bytes": 0, "tokens": 0})
+        for key, value in (("documents", 1), ("bytes", size), ("tokens", length)):
+            entry[key] += value
+        lines.append(json.dumps(record, ensure_ascii=False).encode())
+    shards = _shards(lines)
+    names = [f"{stem}-{n:05d}-of-{len(shards):05d}.array_record" for n in range(len(shards))]
+    for file, shard in zip(names, shards, strict=True):
+        _write_shard(folder / file, shard)
+    temporary = folder / f"{stem}.lengths.tmp.npy"
+    np.save(temporary, np.array(lengths, np.uint32))
+    os.replace(temporary, folder / f"{stem}.lengths.npy")
+    totals = {
+        key: sum(entry[key] for entry in languages.values())
+        for key in ("documents", "bytes", "tokens")
+    }
+    return {
+        **totals,
+        "languages": dict(sorted(languages.items())),
+        "records": names,
+        "lengths": f"{stem}.lengths.npy",
+    }
+
+
+def _measure(record: dict, tokenizer) -> tuple[int, int]:
+    """Tokens and bytes of a record; notes the tokens of a long text's chunks in it."""
+    if "dialog" in record:
+        text = "".join(message["content"] for message in record["dialog"])
+        return len(prompts.chat_example(tokenizer, record["dialog"])[0]), len(text.encode())
+    counts = tokens.count(tokenizer, record["text"])
+    if len(counts) > 1:
+        record["chunk_tokens"] = counts
+    return sum(counts) + 2, len(record["text"].encode())
+
+
+def _shards(lines: list[bytes]) -> list[list[bytes]]:
+    """Splits records into shards of about 256 MB; at least one."""
+    shards, size = [[]], 0
+    for line in lines:
+        if size and size + len(line) > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(line)
+        size += len(line)
+    return shards
+
+
+def _write_shard(path: Path, lines: list[bytes]) -> None:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    temporary = path.with_suffix(".tmp")
+    writer = ArrayRecordWriter(str(temporary), "group_size:1")  # one record a read
+    for line in lines:
+        writer.write(line)
+    writer.close()
+    os.replace(temporary, path)
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def _checksum(path: Path) -> dict:
+    with path.open("rb") as file:
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
+
+
+# -- opening ----------------------------------------------------------------------------------
+
+
+def open(folder: str | Path, tokenizer=None, *, verify: bool = False) -> Corpus:
+    """Opens a prepared corpus; with a tokenizer, checks that it was prepared for it.
+
+    Sizes of all files are checked, and with `verify` their checksums too. Raises ValueError where
+    anything is missing or differs.
+    """
+    folder = Path(folder)
+    path = folder / "manifest.json"
+    if not path.exists():
+        raise ValueError(
+            f"{folder} is not a prepared corpus (it has no manifest.json); "
+            "make one with tools/prepare_corpus.py"
+        )
+    try:
+        manifest = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}; prepare the corpus again") from None
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has format {manifest.get('format')}, this code reads {FORMAT}; "
+            "prepare the corpus again"
+        )
+    for name, entry in manifest["files"].items():
+        file = folder / name
+        size = file.stat().st_size if file.exists() else None
+        if size != entry["bytes"]:
+            state = "is missing" if size is None else f"has {size} bytes, not {entry['bytes']}"
+            raise ValueError(f"{file} {state}; prepare the corpus again")
+        if verify and _checksum(file) != entry:
+            raise ValueError(f"{file} differs from its checksum; prepare the corpus again")
+    ours = manifest["asked"]["tokenizer"]
+    if tokenizer is not None and tokenizer.fingerprint != ours:
+        raise ValueError(
+            f"{folder} was prepared for another tokenizer (fingerprint {ours[:12]}, not "
+            f"{tokenizer.fingerprint[:12]} as {tokenizer.path}); use that one, or prepare anew"
+        )
+    return Corpus(folder, manifest)

@@ -1,0 +1,107 @@
+"""Gathering: from sources to the corpora of a recipe, cleaned, in memory.
+
+    code_files, python_files    whole files, near-duplicates removed
+    code, python                the same cut into functions, for short rows
+    code_language               docstrings and prose that comes with code
+    language                    reference prose
+    dialogues                   a docstring asks, its function answers
+
+Python is a part of code, as in the paper. A user's tree takes the place of Python's own sources; a
+corpus that it has nothing for keeps Python's, and `origin` says so.
+"""
+
+import hashlib
+import json
+import sysconfig
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from codellama_jax.data import clean, pieces, sources
+from codellama_jax.data.sources import Document, Tally
+
+PROSE = ("code_language", "language")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a corpus is asked to be made of."""
+
+    code_dirs: tuple[str, ...] = ()  # trees of source files; none: what Python itself brings
+    function_chars: int = 700  # longest function-sized document
+    heldout_rate: float = 0.02  # share of files held out for evaluation
+    jaccard: float = 0.8  # similarity from which two documents are near-duplicates
+    file_bytes: int = 1_000_000  # larger files are left out
+    line_chars: int = 1_000  # files with longer lines are left out
+    seed: int = 0  # of what is held out
+
+    def __post_init__(self):
+        if not 0 < self.heldout_rate < 1:
+            raise ValueError(f"heldout_rate={self.heldout_rate} must lie between 0 and 1")
+        if not 0 < self.jaccard <= 1:
+            raise ValueError(f"jaccard={self.jaccard} must lie between 0 and 1")
+        if self.function_chars < 2 * pieces.MIN_CHARS:
+            raise ValueError(
+                f"function_chars={self.function_chars} must be at least {2 * pieces.MIN_CHARS}"
+            )
+
+    def fingerprint(self) -> str:
+        """Changes when the settings or the files they name change."""
+        roots = [Path(d) for d in self.code_dirs] + [Path(sysconfig.get_path("stdlib"))]
+        state = json.dumps([asdict(self), sources.listing(roots)])
+        return hashlib.sha256(state.encode()).hexdigest()
+
+
+@dataclass
+class Gathered:
+    """Corpora in memory: lists of Documents (dialogues: of records), with what was left out."""
+
+    request: Request
+    corpora: dict[str, list[Document] | list[dict]] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)  # of each corpus: the trees, or python
+    tally: Tally = field(default_factory=Tally)
+
+
+def gather(request: Request) -> Gathered:
+    """Reads, cleans and cuts the documents of every corpus.
+
+    Raises ValueError for a folder without usable text.
+    """
+    limits = sources.Limits(request.file_bytes, request.line_chars)
+    gathered = Gathered(request)
+    trees = [
+        document
+        for folder in request.code_dirs
+        for document in sources.code_tree(folder, limits=limits, tally=gathered.tally)
+    ]
+    _add(gathered, trees, origin=", ".join(request.code_dirs))
+    wanted = {"code", "python", "dialogues", *PROSE}
+    if wanted - set(gathered.corpora):
+        tally = gathered.tally if not trees else Tally()
+        library = sources.python_installation(limits=limits, tally=tally)
+        _add(gathered, library, origin="this Python installation")
+    return gathered
+
+
+def _add(gathered: Gathered, documents: list[Document], *, origin: str) -> None:
+    """Makes the corpora that `documents` have something for and that are not there yet."""
+    request, tally = gathered.request, gathered.tally
+    have = set(gathered.corpora)
+    documents = clean.without_duplicates(documents, threshold=request.jaccard, tally=tally)
+    code = [d for d in documents if d.language != "prose"]
+    prose = [d for d in documents if d.language == "prose"]
+    size = request.function_chars
+    made: dict[str, list] = {
+        "code_files": code,
+        "python_files": [d for d in code if d.language == "python"],
+        "code": [piece for d in code for piece in pieces.functions(d, max_chars=size)],
+        "code_language": [piece for d in code for piece in pieces.docstrings(d, max_chars=size)],
+        "language": [piece for d in prose for piece in pieces.paragraphs(d, max_chars=size)],
+        "dialogues": [record for d in code for record in pieces.dialogues(d, max_chars=size)],
+    }
+    for name in ("code", *PROSE):
+        made[name] = clean.without_duplicates(made[name], threshold=request.jaccard, tally=tally)
+    made["python"] = [d for d in made["code"] if d.language == "python"]
+    for name, corpus in made.items():
+        if corpus and name not in have:
+            gathered.corpora[name] = corpus
+            gathered.origin[name] = origin

@@ -1,0 +1,242 @@
+"""Documents out of documents: functions, paragraphs, docstrings, and dialogues made of both.
+
+A nano model's row holds 256 tokens, so it learns from functions where a large one learns from
+files. A docstring is natural language about code; a docstring that asks and the function that
+answers it are a dialogue.
+"""
+
+import ast
+import io
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from codellama_jax.data.sources import Document
+
+MIN_CHARS = 80  # smaller pieces are joined with the next one
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def functions(document: Document, *, max_chars: int) -> list[Document]:
+    """The top-level blocks of a source file, in order: a function or class with what is above it.
+
+    A Python class longer than max_chars becomes its head and its methods, each below the line
+    `class Name:`. In other languages a block starts at a line without indentation after a blank
+    one. Blocks longer than max_chars are cut between lines, short ones joined.
+    """
+    lines = _lines(document.text)
+    tree = _parse(document.text) if document.language == "python" else None
+    blocks = _python_blocks(tree, lines, max_chars) if tree else _plain_blocks(lines)
+    pieces = [piece for block in blocks for piece in _cut(block, max_chars)]
+    return _as_documents(document, _join_short(pieces, max_chars))
+
+
+def paragraphs(document: Document, *, max_chars: int) -> list[Document]:
+    """Prose in pieces of whole paragraphs, each as long as max_chars allows."""
+    blocks = [block.strip("\n") + "\n" for block in re.split(r"\n[ \t]*\n", document.text)]
+    pieces = [piece for block in blocks if block.strip() for piece in _cut(block, max_chars)]
+    return _as_documents(document, _join_short(pieces, max_chars, min_chars=max_chars, gap="\n"))
+
+
+def docstrings(document: Document, *, max_chars: int) -> list[Document]:
+    """The docstrings of a Python file, each below the name and arguments of what it describes."""
+    return [
+        replace(document, text=text, language="prose", part=f"docstring of {definition.name}")
+        for definition in _definitions(document)
+        for text in _cut(f"{definition.signature}\n\n{definition.docstring}\n", max_chars)
+        if len(definition.docstring) >= MIN_CHARS
+    ]
+
+
+def dialogues(document: Document, *, max_chars: int) -> list[dict]:
+    """One dialogue per function with a docstring: the docstring asks, the function answers.
+
+    Returns records {"dialog": [{"role", "content"}, ...], path, part, language, source, licence}.
+    """
+    records = []
+    for definition in _definitions(document):
+        summary = definition.docstring.split("\n\n")[0].strip()
+        if definition.body is None or len(summary) < 20 or len(definition.body) > max_chars:
+            continue
+        question = f"Write the Python function {definition.signature}.\n{summary}"
+        dialog = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": definition.body},
+        ]
+        about = {
+            "path": document.path,
+            "part": definition.name,
+            "language": document.language,
+            "source": document.source,
+            "licence": document.licence,
+        }
+        records.append({"dialog": dialog, **about})
+    return records
+
+
+# -- Python -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Definition:
+    name: str  # dotted, within its file
+    signature: str
+    docstring: str
+    body: str | None  # a function's source without its docstring; None if it has none of its own
+
+
+def _definitions(document: Document) -> Iterator[_Definition]:
+    """Everything in a Python file that has a docstring, in order."""
+    tree = _parse(document.text) if document.language == "python" else None
+    if tree is None:
+        return
+    lines = _lines(document.text)
+    module = document.path.removesuffix(".py").replace("/", ".")
+    if docstring := ast.get_docstring(tree):
+        yield _Definition(module, f"module {module}", docstring, None)
+    stack = [(node, "") for node in reversed(tree.body)]
+    while stack:
+        node, prefix = stack.pop()
+        if not isinstance(node, DEFINITIONS):
+            continue
+        name = prefix + node.name
+        is_function = isinstance(node, FUNCTIONS)
+        if docstring := ast.get_docstring(node):
+            signature = f"{name}({ast.unparse(node.args)})" if is_function else f"class {name}"
+            body = _without_docstring(node, lines) if is_function else None
+            yield _Definition(name, signature, docstring, body)
+        if not is_function:
+            stack += [(child, f"{name}.") for child in reversed(node.body)]
+
+
+def _without_docstring(node: ast.FunctionDef, lines: list[str]) -> str | None:
+    """The function's source less its docstring; None where nothing else is in it."""
+    docstring = node.body[0]
+    alone = (
+        docstring.lineno > node.lineno
+        and not lines[docstring.lineno - 1][: docstring.col_offset].strip()
+    )
+    if len(node.body) < 2 or not alone or node.body[1].lineno <= docstring.end_lineno:
+        return None
+    kept = (
+        lines[_first_line(node) : docstring.lineno - 1]
+        + lines[docstring.end_lineno : node.end_lineno]
+    )
+    source = textwrap.dedent("".join(kept)).strip("\r\n")
+    return source if _parse(source) else None
+
+
+def _python_blocks(tree: ast.Module, lines: list[str], max_chars: int) -> Iterator[str]:
+    """Every line of a Python file once: statements in runs, functions and classes one by one.
+
+    A long class comes as its head and its methods, each below the class's first line.
+    """
+    for nodes, block in _runs(tree.body, lines, 0, len(lines)):
+        node = nodes[0]
+        if not isinstance(node, ast.ClassDef) or len(block) <= max_chars:
+            yield block
+            continue
+        first = next((i for i, n in enumerate(node.body) if isinstance(n, DEFINITIONS)), None)
+        if not first:  # nothing, or nothing but definitions, in it
+            yield block
+            continue
+        head_end = node.body[first - 1].end_lineno
+        yield block[: -sum(map(len, lines[head_end : node.end_lineno]))]
+        title = "".join(lines[node.lineno - 1 : node.body[0].lineno - 1])
+        for _, method in _runs(node.body[first:], lines, head_end, node.end_lineno):
+            yield title + method
+
+
+def _runs(
+    nodes: list[ast.stmt], lines: list[str], start: int, stop: int
+) -> Iterator[tuple[list, str]]:
+    """Splits lines[start:stop] before each definition; lines above a statement belong to it."""
+    run = []
+    for node in nodes:
+        begin = start
+        if run and (isinstance(node, DEFINITIONS) or isinstance(run[-1], DEFINITIONS)):
+            start = run[-1].end_lineno
+            yield run, "".join(lines[begin:start])
+            run = []
+        run.append(node)
+    if run:
+        yield run, "".join(lines[start:stop])
+
+
+def _first_line(node: ast.FunctionDef) -> int:
+    """Index of the first line of a definition, decorators included."""
+    return min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
+
+
+def _parse(text: str) -> ast.Module | None:
+    """The syntax tree, or None for what this Python cannot parse."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about somebody else's source
+        try:
+            return ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return None
+
+
+# -- any text ---------------------------------------------------------------------------------
+
+
+def _lines(text: str) -> list[str]:
+    """Lines with their ends, where Python's own parser ends them (not at form feeds)."""
+    return list(io.StringIO(text, newline=""))
+
+
+def _plain_blocks(lines: list[str]) -> list[str]:
+    """Cuts before every line without indentation that follows a blank one."""
+    blocks, block = [], []
+    for line in lines:
+        after_blank = block and not block[-1].strip()
+        if after_blank and line.strip() and not line[0].isspace() and line[0] not in "})]":
+            blocks.append("".join(block))
+            block = []
+        block.append(line)
+    return [*blocks, "".join(block)]
+
+
+def _cut(block: str, max_chars: int) -> list[str]:
+    """Halves a block that is too long until it is not: best at a blank line or low indentation."""
+    lines = _lines(block)
+    if len(block) <= max_chars or len(lines) < 2:
+        return [block]
+    best, cost, position = 1, float("inf"), 0
+    for number, line in enumerate(lines[:-1], 1):
+        position += len(line)
+        following = lines[number]
+        indentation = len(following) - len(following.lstrip())
+        off_centre = abs(2 * position - len(block)) / len(block)  # 0 in the middle, 1 at an end
+        price = off_centre * 12 + indentation - 8 * (not line.strip())
+        if price < cost and following.strip():
+            best, cost = number, price
+    return _cut("".join(lines[:best]), max_chars) + _cut("".join(lines[best:]), max_chars)
+
+
+def _join_short(
+    pieces: list[str], max_chars: int, *, min_chars: int = MIN_CHARS, gap: str = ""
+) -> list[str]:
+    """Joins pieces with the next one while either is shorter than min_chars and both fit."""
+    joined: list[str] = []
+    for piece in pieces:
+        last = joined[-1] if joined else ""
+        short = len(last) < min_chars or len(piece) < min_chars
+        if joined and short and len(last) + len(gap) + len(piece) <= max_chars:
+            joined[-1] = last + gap + piece
+        else:
+            joined.append(piece)
+    return joined
+
+
+def _as_documents(document: Document, pieces: list[str]) -> list[Document]:
+    """Pieces with text as documents, numbered, without blank lines at their ends."""
+    return [
+        replace(document, text=piece.strip("\r\n\f") + "\n", part=f"part {number}")
+        for number, piece in enumerate(pieces, 1)
+        if len(piece.strip()) >= MIN_CHARS // 4
+    ]
