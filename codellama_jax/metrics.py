@@ -1,7 +1,7 @@
 """What a stage says about itself: a live line, metrics.jsonl, and TensorBoard events.
 
-MFU (model FLOP utilisation) = tokens/s * flops per token / (devices * peak FLOP/s), where the flops
-per token are config.Model.flops_per_token: causal attention counted once, recomputation not counted.
+MFU (model FLOP utilisation) = tokens/s * flops per token / (devices * peak FLOP/s). The flops per
+token are config.Model.flops_per_token: causal attention counted once, no recomputation.
 """
 
 import json
@@ -39,7 +39,7 @@ def mfu(model: config.Model, seq_len: int, tokens_per_second: float, devices: li
 class Record:
     """The record of one stage, read one step late so that the devices never wait for it.
 
-    <folder>/metrics.jsonl holds a JSON object per logged step; a resumed stage first drops the lines
+    <folder>/metrics.jsonl holds a JSON object per logged step; a resumed stage drops the lines
     after its step. Only the first process of a run writes; all of them stop on a non-finite loss.
     """
 

@@ -1,0 +1,38 @@
+# make demo   the whole path of Code Llama on this machine's CPU, in minutes
+# make test   the tests
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-fast venv lint lock clean
+
+demo: .venv/installed
+	$(BIN)/python recipes/nano.py
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest -q
+
+test-fast: .venv/installed-test
+	$(BIN)/python -m pytest -q -m "not slow"
+
+venv: .venv/installed-test
+
+lint: .venv/installed-test
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+
+.venv/installed: constraints.txt setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another with: make PYTHON=python3.12 demo")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+# needs uv; writes versions for every Python that setup.cfg allows
+lock:
+	uv pip compile pyproject.toml --extra test --universal --python-version 3.11 \
+	  --fork-strategy requires-python --no-annotate --no-header --output-file constraints.txt
+
+clean:
+	rm -rf .venv runs
