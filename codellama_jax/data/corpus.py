@@ -20,9 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from codellama_jax import prompts
-from codellama_jax.data import shuffle, tokens
-from codellama_jax.data.gather import Gathered, Request, gather
-from codellama_jax.data.sources import Document
+from codellama_jax.data import tokens
+from codellama_jax.data.gather import Gathered, Request, file_of, gather, heldout_files
 
 FORMAT = 1  # of the folder; a change makes older folders unreadable
 SHARD_BYTES = 256 * 1024**2
@@ -107,11 +106,10 @@ def prepare(
         return corpus
     gathered = gathered or gather(request)
     folder.mkdir(parents=True, exist_ok=True)
+    held_out = heldout_files(gathered)
     corpora = {}
-    for name, documents in gathered.corpora.items():
-        records = [_record(document) for document in documents]
-        corpora[name] = _write_corpus(folder, name, records, tokenizer, request, progress)
-        corpora[name]["origin"] = gathered.origin[name]
+    for name in gathered.corpora:
+        corpora[name] = _write_corpus(folder, name, gathered, held_out, tokenizer, progress)
     manifest = {
         "format": FORMAT,
         "asked": asked,
@@ -128,48 +126,26 @@ def prepare(
     return open(folder, tokenizer)
 
 
-def training_texts(gathered: Gathered, names: list[str]) -> Iterator[str]:
-    """The texts of some gathered corpora that will be trained on: what a tokenizer may see."""
-    for name in names:
-        documents = gathered.corpora[name]
-        held_out = heldout_paths([_record(d) for d in documents], gathered.request)
-        yield from (d.text for d in documents if (d.source, d.path) not in held_out)
-
-
-def heldout_paths(records: list[dict], request: Request) -> set[tuple[str, str]]:
-    """The (source, path) of every file that is held out: those whose hash is small.
-
-    At least one of two or more.
-    """
-    files = {(record["source"], record["path"]) for record in records}
-    rank = {file: shuffle.hash64(request.seed, "heldout", file[1]) / 2**64 for file in files}
-    held_out = {file for file in files if rank[file] < request.heldout_rate}
-    return held_out or ({min(files, key=rank.get)} if len(files) > 1 else set())
-
-
-def _record(document: Document | dict) -> dict:
-    return document if isinstance(document, dict) else asdict(document)
-
-
 def _write_corpus(
-    folder: Path, name: str, records: list[dict], tokenizer, request: Request, progress
+    folder: Path, name: str, gathered: Gathered, held_out: set, tokenizer, progress
 ) -> dict:
     """Writes both splits of one corpus; returns its entry of the manifest."""
     (folder / name).mkdir(exist_ok=True)
     for left in (folder / name).iterdir():  # of a run that was killed
         left.unlink()
-    held_out = heldout_paths(records, request)
+    documents = gathered.corpora[name]
     splits: dict[str, list[dict]] = {"train": [], "heldout": []}
-    for record in records:
-        which = "heldout" if (record["source"], record["path"]) in held_out else "train"
-        splits[which].append(record)
-    entry = {"kind": "dialogues" if "dialog" in records[0] else "documents"}
+    for document in documents:
+        which = "heldout" if file_of(document) in held_out else "train"
+        splits[which].append(document if isinstance(document, dict) else asdict(document))
+    kind = "dialogues" if isinstance(documents[0], dict) else "documents"
+    entry = {"kind": kind, "origin": gathered.origin[name]}
     done = 0
     for which, chosen in splits.items():
         entry[which] = _write_split(folder, f"{name}/{which}", chosen, tokenizer)
         done += len(chosen)
         if progress:
-            progress(name, done, len(records))
+            progress(name, done, len(documents))
     return entry
 
 

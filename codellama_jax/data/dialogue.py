@@ -10,7 +10,7 @@ import functools
 import numpy as np
 
 from codellama_jax import prompts
-from codellama_jax.data import shuffle
+from codellama_jax.data import fitting, shuffle
 from codellama_jax.data.rows import Piece, Row, pack
 
 
@@ -31,7 +31,7 @@ class DialogueRows:
         # Longest first: what best fit needs.
         self._fitting = self._fitting[np.argsort(-lengths[self._fitting], kind="stable")]
         self._lengths = lengths[self._fitting]
-        self._rows = best_fit(self._lengths.tolist(), self.capacity)
+        self._rows = fitting.best_fit(self._lengths.tolist(), self.capacity)
         self.rows_per_epoch = len(self._rows)
         self._epoch_order = functools.lru_cache(maxsize=2)(self._shuffle_epoch)
 
@@ -68,28 +68,3 @@ class DialogueRows:
         dialogues = self._fitting[np.lexsort((rank, -self._lengths))]
         rows = np.arange(self.rows_per_epoch)
         return dialogues, shuffle.permute(rows, count=len(rows), key=key)
-
-
-def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Puts items, longest first, each into the fullest row that still has room for it.
-
-    Returns the items of every row. Open rows are filed under the room they have left; bit n of
-    `rooms` says that some row has room for n, so the tightest fit is found without a search.
-    """
-    rows: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}
-    rooms = 0
-    for item, length in enumerate(lengths):
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = by_room[room].pop()
-            if not by_room[room]:
-                rooms &= ~(1 << room)
-        else:
-            room, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(item)
-        by_room.setdefault(room - length, []).append(row)
-        rooms |= 1 << (room - length)
-    return rows

@@ -13,10 +13,11 @@ corpus that it has nothing for keeps Python's, and `origin` says so.
 import hashlib
 import json
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from codellama_jax.data import clean, pieces, sources
+from codellama_jax.data import clean, pieces, shuffle, sources
 from codellama_jax.data.sources import Document, Tally
 
 PROSE = ("code_language", "language")
@@ -27,7 +28,7 @@ class Request:
     """What a corpus is asked to be made of."""
 
     code_dirs: tuple[str, ...] = ()  # trees of source files; none: what Python itself brings
-    function_chars: int = 700  # longest function-sized document
+    function_chars: int = 560  # longest function-sized document
     heldout_rate: float = 0.02  # share of files held out for evaluation
     jaccard: float = 0.8  # similarity from which two documents are near-duplicates
     file_bytes: int = 1_000_000  # larger files are left out
@@ -59,6 +60,44 @@ class Gathered:
     corpora: dict[str, list[Document] | list[dict]] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)  # of each corpus: the trees, or python
     tally: Tally = field(default_factory=Tally)
+
+
+def file_of(document: Document | dict) -> tuple[str, str]:
+    """Source and path of the file that a document (or a dialogue's record) is from."""
+    if isinstance(document, dict):
+        return document["source"], document["path"]
+    return document.source, document.path
+
+
+def heldout_files(gathered: Gathered) -> set[tuple[str, str]]:
+    """The files held out for evaluation, in every corpus alike: those whose path's hash is small.
+
+    Where that holds out nothing of a corpus, or all of it, one file more or less is held out.
+    """
+    request = gathered.request
+    files = {
+        name: {file_of(document) for document in documents}
+        for name, documents in gathered.corpora.items()
+    }
+    rank = {
+        file: (shuffle.hash64(request.seed, "heldout", file[1]) / 2**64, file)
+        for file in set().union(*files.values())
+    }
+    held_out = {file for file, (place, _) in rank.items() if place < request.heldout_rate}
+    for own in files.values():
+        if not own & held_out and len(own) > 1:
+            held_out.add(min(own, key=rank.get))
+    for own in files.values():
+        if own <= held_out:
+            held_out.remove(max(own, key=rank.get))
+    return held_out
+
+
+def training_texts(gathered: Gathered, names: list[str]) -> Iterator[str]:
+    """The texts of some corpora that will be trained on: what a tokenizer may be trained on."""
+    held_out = heldout_files(gathered)
+    for name in names:
+        yield from (d.text for d in gathered.corpora[name] if file_of(d) not in held_out)
 
 
 def gather(request: Request) -> Gathered:
@@ -93,11 +132,15 @@ def _add(gathered: Gathered, documents: list[Document], *, origin: str) -> None:
     made: dict[str, list] = {
         "code_files": code,
         "python_files": [d for d in code if d.language == "python"],
-        "code": [piece for d in code for piece in pieces.functions(d, max_chars=size)],
-        "code_language": [piece for d in code for piece in pieces.docstrings(d, max_chars=size)],
+        "code": [],
+        "code_language": [],
         "language": [piece for d in prose for piece in pieces.paragraphs(d, max_chars=size)],
-        "dialogues": [record for d in code for record in pieces.dialogues(d, max_chars=size)],
+        "dialogues": [],
     }
+    for document in code:
+        made["code"] += pieces.functions(document, max_chars=size)
+        made["code_language"] += pieces.docstrings(document, max_chars=size)
+        made["dialogues"] += pieces.dialogues(document, max_chars=size)
     for name in ("code", *PROSE):
         made[name] = clean.without_duplicates(made[name], threshold=request.jaccard, tally=tally)
     made["python"] = [d for d in made["code"] if d.language == "python"]

@@ -6,6 +6,7 @@ answers it are a dialogue.
 """
 
 import ast
+import functools
 import io
 import re
 import textwrap
@@ -126,7 +127,7 @@ def _without_docstring(node: ast.FunctionDef, lines: list[str]) -> str | None:
         + lines[docstring.end_lineno : node.end_lineno]
     )
     source = textwrap.dedent("".join(kept)).strip("\r\n")
-    return source if _parse(source) else None
+    return None if source[0].isspace() else source  # a string in it begins further left
 
 
 def _python_blocks(tree: ast.Module, lines: list[str], max_chars: int) -> Iterator[str]:
@@ -147,7 +148,9 @@ def _python_blocks(tree: ast.Module, lines: list[str], max_chars: int) -> Iterat
         yield block[: -sum(map(len, lines[head_end : node.end_lineno]))]
         title = "".join(lines[node.lineno - 1 : node.body[0].lineno - 1])
         for _, method in _runs(node.body[first:], lines, head_end, node.end_lineno):
-            yield title + method
+            beginning, *rest = _cut(method, max_chars - len(title))
+            yield title + beginning.lstrip("\r\n")
+            yield from rest
 
 
 def _runs(
@@ -171,6 +174,7 @@ def _first_line(node: ast.FunctionDef) -> int:
     return min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
 
 
+@functools.lru_cache(maxsize=1)  # a file is parsed once for its functions, docstrings, dialogues
 def _parse(text: str) -> ast.Module | None:
     """The syntax tree, or None for what this Python cannot parse."""
     with warnings.catch_warnings():

@@ -3,10 +3,11 @@
     token lengths --shuffle by epoch--> documents end to end --cut every T+1 tokens--> row i
 
 From the lengths alone it is known which documents lie whole inside a row and which are cut by its
-border. The paper infills only documents that are not cut (section 2.3): exactly the whole ones are,
-when the row is read, with random numbers that depend on the seed, the corpus, the epoch and the
-document. An infilled document has a few more tokens than a plain one, so each is given room for 8
-more; what is left over becomes padding at the end of the row, outside the loss.
+border; each 1,024 documents are put in an order that cuts few. The paper infills only documents
+that are not cut (section 2.3): exactly the whole ones are, when the row is read, with random
+numbers that depend on the seed, the corpus, the epoch and the document. An infilled document has a
+few more tokens than a plain one, so each is given room for 8 more; what is left over becomes
+padding at the end of the row, outside the loss.
 
 A row is a pure function of (seed, corpus, index): any host reads any row, and nothing is kept but
 one number per 1,024 documents.
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from codellama_jax.data import infilling, shuffle, tokens
+from codellama_jax.data import fitting, infilling, shuffle, tokens
 
 ROOM = 8  # tokens that an infilled document may have more than a plain one
 BLOCK = 1_024  # documents whose common length is kept
@@ -101,8 +102,12 @@ class Plan:
         """A block's documents in order, and where each begins on the line (and the last ends)."""
         places = np.arange(block * BLOCK, min((block + 1) * BLOCK, len(self.lengths)))
         documents = self._order(epoch, places)
-        sizes = self.lengths[documents].astype(np.int64) + self.room
         start = self._block_starts(epoch)[block]
+        sizes = self.lengths[documents].astype(np.int64) + self.room
+        order = fitting.order_with_few_cuts(
+            sizes.tolist(), room=self.capacity - int(start) % self.capacity, capacity=self.capacity
+        )
+        documents, sizes = documents[order], sizes[order]
         return documents, np.concatenate([[start], start + np.cumsum(sizes)])
 
     def _count_block_starts(self, epoch: int) -> np.ndarray:
