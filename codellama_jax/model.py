@@ -201,7 +201,7 @@ def rope_table(positions_BT: jax.Array, model: config.Model) -> jax.Array:
     """
     H = model.head_dim
     frequencies = 1.0 / model.rope_theta ** (jnp.arange(0, H, 2, dtype=jnp.float32) / H)
-    angles = positions_BT.astype(jnp.float32)[..., None, None] * frequencies
+    angles = positions_BT.astype(jnp.float32)[..., None, None] * frequencies[None, None, None]
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
 
 
