@@ -1,0 +1,1 @@
+"""What a model can do, in numbers: held-out losses, loss by position, infilling."""
