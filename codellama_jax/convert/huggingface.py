@@ -1,0 +1,224 @@
+"""Hugging Face's folders: safetensors (or .bin) files with an index, config.json, tokenizer files.
+
+Anything of the Llama architecture is read: tied embeddings, `rope_theta` or `rope_parameters`,
+grouped heads or not. What transformers would compute differently from us is refused.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from codellama_jax import config
+from codellama_jax.convert import guard, hf_tokenizer, proof, pth, safetensor, table
+from codellama_jax.convert.meta import read_json
+from codellama_jax.convert.weights import Weights, stream
+
+TOKENIZER_FILES = (
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt",
+)  # fmt: skip
+
+
+# -- reading -----------------------------------------------------------------------------------
+
+
+def read(folder: Path, findings: guard.Findings) -> Weights:
+    """The weights in `folder`. Raises ValueError for whatever guard finds wrong with them."""
+    entries = _entries(folder)
+    settings = read_json(folder / "config.json")
+    declared = _declared(settings, findings)
+    findings.settle()
+    if declared.tied_embeddings and "lm_head.weight" in entries:
+        _drop_tied_output(entries, findings)
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    known = proof.read(folder)
+    model = guard.settle(declared, shapes, findings, known.model if known else None)
+    kinds = {entries[t.hf].dtype for t in table.tensors(model)}
+    if len(kinds) > 1:
+        findings.fatal(f"the tensors are of several dtypes: {', '.join(map(str, kinds))}")
+    findings.settle()
+
+    def read_(tensor: table.Tensor) -> np.ndarray:
+        return entries[tensor.hf].array()
+
+    tokenizer = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).exists())
+    return proof.checked(Weights(model, kinds.pop(), read_, tokenizer), known, findings)
+
+
+def _entries(folder: Path) -> dict[str, pth.Entry]:
+    """Every tensor in the folder's files, by name."""
+    for stem, kind in (("model.safetensors", safetensor), ("pytorch_model.bin", pth)):
+        if (folder / stem).exists():
+            return kind.index(folder / stem)
+        if (folder / f"{stem}.index.json").exists():
+            return _indexed(folder, read_json(folder / f"{stem}.index.json"), kind)
+    raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor an index")
+
+
+def _indexed(folder: Path, content: dict, kind) -> dict[str, pth.Entry]:
+    places = content.get("weight_map")
+    if not isinstance(places, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in places.values()
+    ):
+        raise ValueError(f"{folder}: the index has no weight_map of tensors to files")
+    missing = sorted({name for name in places.values() if not (folder / name).is_file()})
+    if missing:
+        raise ValueError(f"{folder}: shards are missing: {', '.join(missing)}")
+    entries: dict[str, pth.Entry] = {}
+    for name in sorted(set(places.values())):
+        for tensor, entry in kind.index(folder / name).items():
+            if places.get(tensor) != name:
+                raise ValueError(
+                    f"{folder / name} holds {tensor}, which the index places in "
+                    f"{places.get(tensor)}; are the shards of one model?"
+                )
+            entries[tensor] = entry
+    absent = sorted(places.keys() - entries.keys())
+    if absent:
+        raise ValueError(f"{folder}: the index names tensors that no shard has: {absent[:3]}")
+    return entries
+
+
+def _drop_tied_output(entries: dict[str, pth.Entry], findings: guard.Findings) -> None:
+    output, embedding = entries["lm_head.weight"], entries["model.embed_tokens.weight"]
+    if output.array().tobytes() != embedding.array().tobytes():
+        findings.wrong(
+            "copies", "tie_word_embeddings is true, but lm_head.weight is not the embedding"
+        )
+    del entries["lm_head.weight"]
+
+
+# What must hold of config.json for our forward pass to be transformers'.
+FIXED = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "rope_scaling": (None,),
+    "quantization_config": (None,),
+}
+
+
+def _declared(settings: dict, findings: guard.Findings) -> guard.Declared:
+    for name, allowed in FIXED.items():
+        value = settings.get(name, allowed[0])
+        if value not in allowed:
+            findings.fatal(f"config.json: {name} is {value!r}; only {allowed[0]!r} is Llama 2")
+    rope = settings.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        findings.fatal(f"config.json: rope_type {rope['rope_type']!r} is not Llama 2's")
+    theta = rope.get("rope_theta", settings.get("rope_theta"))
+    if None not in (settings.get("rope_theta"), theta) and settings["rope_theta"] != theta:
+        findings.wrong(
+            "rope_theta",
+            f"config.json names two bases: rope_theta {settings['rope_theta']:g} and "
+            f"rope_parameters {theta:g}",
+        )
+    dim, heads = settings.get("hidden_size"), settings.get("num_attention_heads")
+    width = settings.get("head_dim")
+    if None not in (dim, heads, width) and width * heads != dim:
+        findings.fatal(f"config.json: head_dim {width} is not hidden_size {dim} / {heads} heads")
+    return guard.Declared(
+        dim=dim,
+        num_layers=settings.get("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=settings.get("num_key_value_heads"),
+        ffn_dim=settings.get("intermediate_size"),
+        vocab_size=settings.get("vocab_size"),
+        rope_theta=None if theta is None else float(theta),
+        max_seq_len=settings.get("max_position_embeddings"),
+        norm_eps=settings.get("rms_norm_eps"),
+        tied_embeddings=settings.get("tie_word_embeddings", False),
+        default_eps=1e-6,
+    )
+
+
+# -- writing -----------------------------------------------------------------------------------
+
+
+def write(weights: Weights, folder: Path, shard_bytes: int = 5_000_000_000) -> None:
+    """Writes `weights` into the empty `folder`, in files of at most `shard_bytes` each.
+
+    A tensor that is larger has a file of its own.
+    """
+    shards = _plan(weights, shard_bytes)
+    name = "model.safetensors"
+    names = [name]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    tensors = stream(weights, table.tensors(weights.model))
+    for file_name, shard in zip(names, shards, strict=True):
+        plan = [(t.hf, weights.shape(t)) for t in shard]
+        with safetensor.Writer(folder / file_name, plan, weights.dtype) as file:
+            for _ in shard:
+                file.add(next(tensors)[1])
+    if len(shards) > 1:
+        places = {t.hf: n for n, shard in zip(names, shards, strict=True) for t in shard}
+        _write_json(
+            folder / f"{name}.index.json",
+            {"metadata": {"total_size": weights.nbytes}, "weight_map": places},
+        )
+    _write_json(folder / "config.json", config_json(weights.model, str(weights.dtype)))
+    _write_json(folder / "generation_config.json", _generation_json(folder))
+
+
+def _plan(weights: Weights, shard_bytes: int) -> list[list[table.Tensor]]:
+    """The tensors, in order, cut into files."""
+    shards: list[list[table.Tensor]] = [[]]
+    size = 0
+    for tensor in table.tensors(weights.model):
+        nbytes = int(np.prod(weights.shape(tensor))) * weights.dtype.itemsize
+        if shards[-1] and size + nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += nbytes
+    return shards
+
+
+def config_json(model: config.Model, dtype: str) -> dict:
+    """The settings in transformers' words; the rotary base in those of version 4 and of 5."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": model.dim,
+        "intermediate_size": model.ffn_dim,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_seq_len,
+        "rope_theta": model.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "rms_norm_eps": model.norm_eps,
+        "tie_word_embeddings": model.tied_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "initializer_range": 0.02,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+
+
+def _generation_json(folder: Path) -> dict:
+    stops = hf_tokenizer.stop_ids(folder)
+    return {"bos_token_id": 1, "eos_token_id": stops if len(stops) > 1 else stops[0]}
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_tokenizer(weights: Weights, folder: Path) -> None:
+    """Puts the tokenizer's files into `folder`: made from tokenizer.model, or as they were."""
+    for path in weights.tokenizer:
+        shutil.copyfile(path, folder / path.name)
+    if (folder / "tokenizer.model").exists():
+        hf_tokenizer.write(folder / "tokenizer.model", folder)

@@ -1,0 +1,205 @@
+"""Orbax checkpoints: read from any mesh's, and written as the trainer would write step 0.
+
+Orbax saves arrays that are whole in memory. Here they never are: a stacked weight is written layer
+by layer, straight into the chunk files of the Zarr array that Orbax will restore. A chunk is a
+slice of one layer along the width, so hosts that hold slices of a weight read little else.
+"""
+
+import importlib.metadata
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from codellama_jax import config
+from codellama_jax.convert import guard, proof, table
+from codellama_jax.convert.weights import Weights, dtype, stream
+
+CHUNK_BYTES = 32 << 20  # of a chunk, at most, where the width divides so far
+ZARR_DTYPES = {"bfloat16": "bfloat16", "float16": "<f2", "float32": "<f4"}
+
+
+# -- reading -----------------------------------------------------------------------------------
+
+
+def read(folder: Path, findings: guard.Findings) -> Weights:
+    """The weights of a checkpoint, or of the newest step in a stage's folder."""
+    step = find(folder)
+    try:
+        recipe = json.loads((step / "recipe" / "metadata").read_text())
+        model = config.from_json(config.Model, recipe["model"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{step} has no recipe that names its model ({error})") from None
+    arrays = {row.ours: _open(step / "params", row, model) for row in table.rows(model)}
+    kinds = {str(array.dtype.numpy_dtype) for array in arrays.values()}
+    if len(kinds) > 1:
+        raise ValueError(f"{step}: the weights are of several dtypes: {', '.join(sorted(kinds))}")
+    lengths = table.sizes(model)
+
+    def read_(tensor: table.Tensor) -> np.ndarray:
+        array, row = arrays[tensor.row.ours], tensor.row
+        part = array if tensor.layer is None else array[tensor.layer]
+        return table.rearrange(part.read().result(), row.ours_axes, row.hf_axes, lengths)
+
+    names = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+    tokenizer = tuple(step.parent / name for name in names if (step.parent / name).exists())
+    known = proof.read(step.parent) if step.name == "0" else None
+    weights = Weights(model, dtype(kinds.pop()), read_, tokenizer)
+    return proof.checked(weights, known, findings)
+
+
+def find(folder: Path) -> Path:
+    """The step folder meant by `folder`: itself, or the newest step in it."""
+    if (folder / "params").is_dir():
+        return folder
+    steps = [p for p in folder.glob("*") if p.name.isdigit() and (p / "params").is_dir()]
+    if not steps:
+        raise ValueError(f"there is no Orbax checkpoint in {folder}: no <step>/params")
+    return max(steps, key=lambda p: int(p.name))
+
+
+def _open(params: Path, row: table.Row, model: config.Model):
+    """The stacked array of `row`, as a TensorStore that reads what it is asked for."""
+    import tensorstore
+
+    try:
+        about = json.loads((params / "_METADATA").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{params} is not Orbax's: no _METADATA ({error})") from None
+    store: dict[str, Any] = {"driver": "file", "path": f"{params.resolve()}/{row.ours}/"}
+    if about.get("use_ocdbt"):
+        base = f"file://{params.resolve()}/"
+        store = {"driver": "ocdbt", "base": base, "path": f"{row.ours}/"}
+    driver = "zarr3" if about.get("use_zarr3") else "zarr"
+    try:
+        array = tensorstore.open({"driver": driver, "kvstore": store}, read=True).result()
+    except ValueError as error:
+        raise ValueError(f"{params} has no {row.ours} ({error})") from None
+    expected = table.shape(row.ours_axes, table.sizes(model))
+    expected = (model.num_layers, *expected) if row.stacked else expected
+    if array.shape != expected:
+        raise ValueError(
+            f"{params}: {row.ours} has shape {array.shape}; the recipe beside it makes {expected}"
+        )
+    return array
+
+
+# -- writing -----------------------------------------------------------------------------------
+
+
+def write(weights: Weights, folder: Path) -> None:
+    """Writes `weights` into the empty `folder` as step 0 of a stage of that name."""
+    model, lengths = weights.model, table.sizes(weights.model)
+    step = folder / "0"
+    (step / "params").mkdir(parents=True)
+    for row in table.rows(model):
+        _write_array_metadata(step / "params", row, model, str(weights.dtype))
+    for tensor, array in stream(weights, table.tensors(model)):
+        row = tensor.row
+        array = table.rearrange(array, row.hf_axes, row.ours_axes, lengths)
+        _write_chunks(step / "params" / row.ours, tensor, array)
+    _write_json(step / "params" / "_METADATA", _tree_metadata(model))
+    (step / "recipe").mkdir()
+    _write_json(step / "recipe" / "metadata", _recipe(weights))
+    handlers = "orbax.checkpoint._src.handlers"
+    _write_json(
+        step / "_CHECKPOINT_METADATA",
+        {
+            "item_handlers": {
+                "params": f"{handlers}.pytree_checkpoint_handler.PyTreeCheckpointHandler",
+                "recipe": f"{handlers}.json_checkpoint_handler.JsonCheckpointHandler",
+            },
+            "metrics": {},
+        },
+    )
+    for place in (step / "params", step / "recipe", step):  # what makes it whole in object stores
+        (place / "commit_success.txt").write_text("written by codellama_jax\n")
+
+
+def write_tokenizer(weights: Weights, folder: Path) -> None:
+    for path in weights.tokenizer:
+        shutil.copyfile(path, folder / path.name)
+
+
+def _pieces(row: table.Row, shape: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+    """(axis, number) of the slices of one layer: along the width, of CHUNK_BYTES at most."""
+    axis = row.ours_axes.replace("(two h)", "H").split().index("D")
+    number, nbytes = 1, int(np.prod(shape)) * itemsize
+    while nbytes > number * CHUNK_BYTES and shape[axis] % (2 * number) == 0:
+        number *= 2
+    return axis, number
+
+
+def _write_chunks(folder: Path, tensor: table.Tensor, array: np.ndarray) -> None:
+    axis, number = _pieces(tensor.row, array.shape, array.dtype.itemsize)
+    for i, part in enumerate(np.split(array, number, axis=axis)):
+        place = [0] * array.ndim
+        place[axis] = i
+        name = ".".join(map(str, place if tensor.layer is None else [tensor.layer, *place]))
+        np.ascontiguousarray(part).reshape(-1).view(np.uint8).tofile(folder / name)
+
+
+def _write_array_metadata(params: Path, row: table.Row, model: config.Model, kind: str) -> None:
+    shape = table.shape(row.ours_axes, table.sizes(model))
+    axis, number = _pieces(row, shape, dtype(kind).itemsize)
+    chunk = [n // number if i == axis else n for i, n in enumerate(shape)]
+    (params / row.ours).mkdir()
+    _write_json(
+        params / row.ours / ".zarray",
+        {
+            "zarr_format": 2,
+            "shape": [model.num_layers, *shape] if row.stacked else list(shape),
+            "chunks": [1, *chunk] if row.stacked else chunk,
+            "dtype": ZARR_DTYPES[kind],
+            "compressor": None,  # weights do not compress
+            "fill_value": None,
+            "filters": None,
+            "order": "C",
+            "dimension_separator": ".",
+        },
+    )
+
+
+def _tree_metadata(model: config.Model) -> dict:
+    """What Orbax writes about a nested dict of arrays."""
+    tree = {}
+    for row in table.rows(model):
+        path = tuple(row.ours.split("."))
+        tree[str(path)] = {
+            "key_metadata": [{"key": key, "key_type": 2} for key in path],
+            "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False},
+        }
+    return {
+        "tree_metadata": tree,
+        "use_ocdbt": False,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+
+
+def _recipe(weights: Weights) -> dict:
+    fingerprint = None
+    if weights.tokenizer and weights.tokenizer[0].name == "tokenizer.model":
+        from codellama_jax import tokenizer
+
+        fingerprint = tokenizer.Tokenizer(weights.tokenizer[0]).fingerprint
+    versions = {}
+    for package in ("codellama_jax", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "model": config.to_json(weights.model),
+        "stage": None,
+        "tokenizer_fingerprint": fingerprint,
+        "code_version": versions.pop("codellama_jax"),
+        "versions": versions,
+    }
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content))

@@ -1,0 +1,101 @@
+"""Proof that nothing changed: a SHA-256 for every tensor, in a table beside the weights.
+
+The hash is of the tensor in canonical form: Hugging Face's name and axes, little-endian bytes. So
+the same weights have the same table in every format and any number of shards, and the hash of a
+tensor in a safetensors file is that of its bytes there.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from codellama_jax import config
+from codellama_jax.convert import guard, table
+from codellama_jax.convert.weights import Weights, stream
+
+NAME = "checksums.json"
+FORMAT = "codellama_jax weights 1"
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """What the weights beside this table are."""
+
+    model: config.Model
+    dtype: str
+    tensors: dict[str, str] = field(default_factory=dict)  # Hugging Face's name -> SHA-256
+
+    def write(self, folder: Path) -> None:
+        content = {
+            "format": FORMAT,
+            "hash": "SHA-256 of each tensor in Hugging Face's axes, little-endian",
+            "model": config.to_json(self.model),
+            "dtype": self.dtype,
+            "tensors": self.tensors,
+        }
+        (folder / NAME).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read(folder: Path) -> Checksums | None:
+    """The table in `folder`, or None. Raises ValueError if it is damaged or of a newer kind."""
+    path = folder / NAME
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] == FORMAT:
+            model = config.from_json(config.Model, content["model"])
+            return Checksums(model, content["dtype"], dict(content["tensors"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); remove it if the weights are good"
+        ) from None
+    raise ValueError(f"{path} is of kind {content['format']!r}, not {FORMAT!r}; use newer code")
+
+
+def digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+
+
+def recorded(weights: Weights, sums: dict[str, str]) -> Weights:
+    """The same weights; the hash of each tensor goes into `sums` as it is read."""
+
+    def read_(tensor: table.Tensor) -> np.ndarray:
+        array = weights.read(tensor)
+        sums[tensor.hf] = digest(array)
+        return array
+
+    return replace(weights, read=read_)
+
+
+def checked(weights: Weights, expected: Checksums | None, findings: guard.Findings) -> Weights:
+    """The same weights; reading a NaN, or a tensor that `expected` does not know, is refused."""
+
+    def read_(tensor: table.Tensor) -> np.ndarray:
+        array = weights.read(tensor)
+        if guard.has_nonfinite(array):
+            findings.wrong("nonfinite", f"{tensor.hf} has NaN or infinite elements")
+        if expected is not None and digest(array) != expected.tensors.get(tensor.hf):
+            findings.wrong(
+                "checksums", f"{tensor.hf} is not the tensor that {NAME} beside it names"
+            )
+        findings.settle()
+        return array
+
+    return replace(weights, read=read_)
+
+
+def sums_of(weights: Weights) -> dict[str, str]:
+    """The hash of every tensor, read once."""
+    sums: dict[str, str] = {}
+    for _ in stream(recorded(weights, sums), table.tensors(weights.model)):
+        pass
+    return sums
+
+
+def differences(left: dict[str, str], right: dict[str, str]) -> list[str]:
+    """The names whose hashes differ or that only one side has."""
+    return sorted(n for n in left.keys() | right.keys() if left.get(n) != right.get(n))

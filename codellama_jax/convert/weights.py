@@ -1,0 +1,150 @@
+"""A model's weights, wherever they lie: what every format reads into and writes from.
+
+`Weights.read` gives one tensor at a time in Hugging Face's axes, which is our canonical form: it is
+plain, both other formats are one rearrangement away, and a checksum of it is a checksum of the
+bytes in a safetensors file. The functions here wrap `read`, so casts, new rows and checks happen to
+each tensor as it flows by.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from codellama_jax import config
+from codellama_jax.convert import table
+
+DTYPES = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of one model, read tensor by tensor."""
+
+    model: config.Model
+    dtype: np.dtype  # of every tensor
+    read: Callable[[table.Tensor], np.ndarray]  # in Hugging Face's axes
+    tokenizer: tuple[Path, ...] = ()  # tokenizer.model, or Hugging Face's own files
+
+    @property
+    def nbytes(self) -> int:
+        return self.model.num_params * self.dtype.itemsize
+
+    def shape(self, tensor: table.Tensor) -> tuple[int, ...]:
+        return table.shape(tensor.row.hf_axes, table.sizes(self.model))
+
+
+def dtype(name: str) -> np.dtype:
+    """The numpy dtype called `name`. Raises ValueError for others than weights have here."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def stream(
+    weights: Weights, order: Iterable[table.Tensor]
+) -> Iterator[tuple[table.Tensor, np.ndarray]]:
+    """Each tensor of `order`; the next is read by a second thread while this one is used."""
+    with ThreadPoolExecutor(1) as reader:
+        before = None
+        for tensor in order:
+            coming = reader.submit(weights.read, tensor)
+            if before is not None:
+                yield before[0], before[1].result()
+            before = (tensor, coming)
+            del coming
+        if before is not None:
+            yield before[0], before[1].result()
+
+
+# -- between disk and memory -------------------------------------------------------------------
+
+
+def from_params(params: dict, model: config.Model) -> Weights:
+    """The weights in our nested dict of (numpy or JAX) arrays, stacked over layers."""
+    lengths = table.sizes(model)
+    leaves = {row.ours: _leaf(params, row) for row in table.rows(model)}
+    kinds = {str(leaf.dtype) for leaf in leaves.values()}
+    if len(kinds) > 1:
+        raise ValueError(f"the parameters are of several dtypes ({kinds}); cast them to one")
+
+    def read(tensor: table.Tensor) -> np.ndarray:
+        leaf = leaves[tensor.row.ours]
+        array = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
+        assert array.shape == table.shape(tensor.row.ours_axes, lengths), tensor
+        return table.rearrange(array, tensor.row.ours_axes, tensor.row.hf_axes, lengths)
+
+    return Weights(model, dtype(kinds.pop()), read)
+
+
+def to_params(weights: Weights) -> dict:
+    """Our nested dict of numpy arrays, stacked over layers."""
+    model, lengths = weights.model, table.sizes(weights.model)
+    params: dict = {}
+    for tensor, array in stream(weights, table.tensors(model)):
+        row = tensor.row
+        array = table.rearrange(array, row.hf_axes, row.ours_axes, lengths)
+        if tensor.layer is None:
+            _put(params, row, np.array(array))  # a copy: not a map of a file that may go away
+        else:
+            if tensor.layer == 0:
+                _put(params, row, np.empty((model.num_layers, *array.shape), array.dtype))
+            _leaf(params, row)[tensor.layer] = array
+    return params
+
+
+def _leaf(params: dict, row: table.Row):
+    for key in row.ours.split("."):
+        params = params[key]
+    return params
+
+
+def _put(params: dict, row: table.Row, leaf: np.ndarray) -> None:
+    *path, last = row.ours.split(".")
+    for key in path:
+        params = params.setdefault(key, {})
+    params[last] = leaf
+
+
+# -- changes on the way ------------------------------------------------------------------------
+
+
+def cast(weights: Weights, to: np.dtype) -> Weights:
+    """The same weights rounded to dtype `to`, to nearest, ties to even; exact when it is wider."""
+    if to == weights.dtype:
+        return weights
+
+    def read(tensor: table.Tensor) -> np.ndarray:
+        array = weights.read(tensor)
+        with np.errstate(over="ignore"):  # the check of finite numbers follows the cast
+            return array.astype(to)
+
+    return replace(weights, dtype=np.dtype(to), read=read)
+
+
+def grow(weights: Weights, vocab_size: int) -> Weights:
+    """The same weights with a longer vocabulary: each new row is the mean of the old ones.
+
+    So a new token starts as an average token, in the embedding as in the output. The mean is
+    taken in float64 and rounded once. Raises ValueError if `vocab_size` is smaller than before.
+    """
+    old = weights.model.vocab_size
+    if vocab_size <= old:
+        raise ValueError(f"the vocabulary has {old} rows; it cannot grow to {vocab_size}")
+
+    def read(tensor: table.Tensor) -> np.ndarray:
+        array = weights.read(tensor)
+        if "V" not in tensor.row.hf_axes:
+            return array
+        total = sum(part.sum(axis=0, dtype=np.float64) for part in np.array_split(array, 64))
+        new = np.broadcast_to((total / old).astype(array.dtype), (vocab_size - old, array.shape[1]))
+        return np.concatenate([array, new])
+
+    return replace(weights, model=replace(weights.model, vocab_size=vocab_size), read=read)
