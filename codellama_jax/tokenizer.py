@@ -277,7 +277,8 @@ def _train_merges(lines: list[str], vocab_size: int, num_learned: int) -> bytes:
     except RuntimeError as error:
         raise ValueError(
             f"vocab_size={vocab_size} does not fit the {len(lines)} lines of text to train on. "
-            f"{num_learned} of its pieces are learned, and of these SentencePiece says: {error}"
+            f"{vocab_size - num_learned} pieces are given; of the other {num_learned} "
+            f"SentencePiece says: {error}"
         ) from error
     return written.getvalue()
 
