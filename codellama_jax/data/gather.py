@@ -29,7 +29,7 @@ class Request:
 
     code_dirs: tuple[str, ...] = ()  # trees of source files; none: what Python itself brings
     function_chars: int = 560  # longest function-sized document
-    heldout_rate: float = 0.02  # share of files held out for evaluation
+    heldout_rate: float = 0.04  # share of files held out for evaluation
     jaccard: float = 0.8  # similarity from which two documents are near-duplicates
     file_bytes: int = 1_000_000  # larger files are left out
     line_chars: int = 1_000  # files with longer lines are left out

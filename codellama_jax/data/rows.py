@@ -160,19 +160,19 @@ class Rows:
         if infilled:
             ids, mode, cuts = infilled.tokens, infilled.mode, (infilled.start, infilled.end)
         else:
-            ids, mode, cuts = self._plain(record, span, end), "plain", None
+            ids, mode, cuts = self._plain(record, span, length), "plain", None
         return Piece(span.document, epoch, span.start, end, length, ids, mode, cuts, record)
 
-    def _plain(self, record: dict, span: Span, end: int) -> list[int]:
-        ids = tokens.encode_slice(
-            self.tokenizer, record["text"], record.get("chunk_tokens", []), span.start, end
-        )
-        if len(ids) != end - span.start:
+    def _plain(self, record: dict, span: Span, length: int) -> list[int]:
+        counts = record.get("chunk_tokens", [length - 2])  # less BOS and EOS
+        end = min(span.start + span.slots, length)
+        try:
+            return tokens.encode_slice(self.tokenizer, record["text"], counts, span.start, end)
+        except ValueError as error:
             raise ValueError(
-                f"document {span.document} of corpus {self.name!r} ({record['path']}) has other "
-                "tokens than when it was prepared; prepare the corpus again"
-            )
-        return ids
+                f"document {span.document} of corpus {self.name!r} ({record['path']}): {error}; "
+                "prepare the corpus again"
+            ) from None
 
 
 def pack(

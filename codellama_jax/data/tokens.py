@@ -14,7 +14,7 @@ CHUNK_CHARS = 4_096
 
 
 def chunks(text: str) -> list[str]:
-    """Cuts text after the first newline at or beyond every 4,096 characters."""
+    """Cuts text after the first newline at or beyond every 4,096 characters; at least one."""
     pieces, start = [], 0
     while len(text) - start > CHUNK_CHARS:
         end = text.find("\n", start + CHUNK_CHARS - 1) + 1
@@ -22,7 +22,7 @@ def chunks(text: str) -> list[str]:
             break
         pieces.append(text[start:end])
         start = end
-    return pieces + [text[start:]] if start < len(text) else pieces
+    return pieces + [text[start:]] if start < len(text) or not pieces else pieces
 
 
 def encode(tokenizer, text: str) -> list[int]:
@@ -40,17 +40,23 @@ def count(tokenizer, text: str) -> list[int]:
 
 
 def encode_slice(tokenizer, text: str, chunk_tokens: list[int], start: int, end: int) -> list[int]:
-    """encode(tokenizer, text)[start:end], encoding only the chunks it touches."""
+    """encode(tokenizer, text)[start:end], encoding only the chunks it touches.
+
+    chunk_tokens: count(tokenizer, text). Raises ValueError where they are not that.
+    """
     pieces = chunks(text)
-    if len(pieces) < 2:
-        return encode(tokenizer, text)[start:end]
     first_tokens = list(accumulate(chunk_tokens, initial=1))  # of every chunk; the last is EOS
     first = max(bisect_right(first_tokens, start) - 1, 0)
     ids, offset = ([tokenizer.bos_id], 0) if start == 0 else ([], first_tokens[first])
+    as_counted = len(pieces) == len(chunk_tokens)
     for number in range(first, len(pieces)):
-        if first_tokens[number] >= end:
+        if not as_counted or first_tokens[number] >= end:
             break
-        ids += _encode_chunk(tokenizer, number, pieces[number])
+        chunk = _encode_chunk(tokenizer, number, pieces[number])
+        as_counted = len(chunk) == chunk_tokens[number]
+        ids += chunk
+    if not as_counted:
+        raise ValueError("the text has other tokens than were counted")
     if end > first_tokens[-1]:
         ids.append(tokenizer.eos_id)
     return ids[start - offset : end - offset]
