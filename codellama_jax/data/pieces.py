@@ -135,38 +135,42 @@ def _python_blocks(tree: ast.Module, lines: list[str], max_chars: int) -> Iterat
 
     A long class comes as its head and its methods, each below the class's first line.
     """
-    for nodes, block in _runs(tree.body, lines, 0, len(lines)):
-        node = nodes[0]
-        if not isinstance(node, ast.ClassDef) or len(block) <= max_chars:
+    for node, begin, end in _runs(tree.body, 0, len(lines)):
+        block = "".join(lines[begin:end])
+        members = node.body if isinstance(node, ast.ClassDef) and len(block) > max_chars else []
+        first = next((i for i, n in enumerate(members) if isinstance(n, DEFINITIONS)), 0)
+        if first == 0:  # short, or nothing that could be a head
             yield block
             continue
-        first = next((i for i, n in enumerate(node.body) if isinstance(n, DEFINITIONS)), None)
-        if not first:  # nothing, or nothing but definitions, in it
-            yield block
-            continue
-        head_end = node.body[first - 1].end_lineno
-        yield block[: -sum(map(len, lines[head_end : node.end_lineno]))]
-        title = "".join(lines[node.lineno - 1 : node.body[0].lineno - 1])
-        for _, method in _runs(node.body[first:], lines, head_end, node.end_lineno):
-            beginning, *rest = _cut(method, max_chars - len(title))
-            yield title + beginning.lstrip("\r\n")
-            yield from rest
+        head_end = members[first - 1].end_lineno
+        head = "".join(lines[begin:head_end])
+        title = "".join(lines[node.lineno - 1 : members[0].lineno - 1])
+        for _, begin_method, end_method in _runs(members[first:], head_end, end):
+            method = "".join(lines[begin_method:end_method])
+            if head and len(head) + len(method) <= max_chars:
+                yield head + method
+            else:
+                if head:
+                    yield head
+                beginning, *rest = _cut(method, max_chars - len(title))
+                yield title + beginning.lstrip("\r\n")
+                yield from rest
+            head = ""
 
 
-def _runs(
-    nodes: list[ast.stmt], lines: list[str], start: int, stop: int
-) -> Iterator[tuple[list, str]]:
-    """Splits lines[start:stop] before each definition; lines above a statement belong to it."""
-    run = []
-    for node in nodes:
-        begin = start
-        if run and (isinstance(node, DEFINITIONS) or isinstance(run[-1], DEFINITIONS)):
-            start = run[-1].end_lineno
-            yield run, "".join(lines[begin:start])
-            run = []
-        run.append(node)
-    if run:
-        yield run, "".join(lines[start:stop])
+def _runs(nodes: list[ast.stmt], start: int, stop: int) -> Iterator[tuple[ast.stmt, int, int]]:
+    """Splits the lines [start, stop) around each definition: its first statement, begin and end.
+
+    What stands above a statement belongs to it.
+    """
+    first = None
+    for before, node in zip([None, *nodes], nodes, strict=False):
+        if before and (isinstance(node, DEFINITIONS) or isinstance(before, DEFINITIONS)):
+            yield first, start, before.end_lineno
+            first, start = None, before.end_lineno
+        first = first or node
+    if first:
+        yield first, start, stop
 
 
 def _first_line(node: ast.FunctionDef) -> int:
@@ -225,12 +229,17 @@ def _cut(block: str, max_chars: int) -> list[str]:
 def _join_short(
     pieces: list[str], max_chars: int, *, min_chars: int = MIN_CHARS, gap: str = ""
 ) -> list[str]:
-    """Joins pieces with the next one while either is shorter than min_chars and both fit."""
+    """Joins each piece shorter than min_chars with the next (the last with the one before).
+
+    Where both together are longer than max_chars they stay apart.
+    """
     joined: list[str] = []
-    for piece in pieces:
-        last = joined[-1] if joined else ""
-        short = len(last) < min_chars or len(piece) < min_chars
-        if joined and short and len(last) + len(gap) + len(piece) <= max_chars:
+    for number, piece in enumerate(pieces, 1):
+        last = joined[-1] if joined else None
+        short = last is not None and (
+            len(last) < min_chars or (number == len(pieces) and len(piece) < min_chars)
+        )
+        if short and len(last) + len(gap) + len(piece) <= max_chars:
             joined[-1] = last + gap + piece
         else:
             joined.append(piece)
@@ -238,7 +247,7 @@ def _join_short(
 
 
 def _as_documents(document: Document, pieces: list[str]) -> list[Document]:
-    """Pieces with text as documents, numbered, without blank lines at their ends."""
+    """Pieces as documents, numbered, without blank lines at their ends; not the tiniest."""
     return [
         replace(document, text=piece.strip("\r\n\f") + "\n", part=f"part {number}")
         for number, piece in enumerate(pieces, 1)
