@@ -15,7 +15,10 @@ An empty suffix is unusual in training, so a model may be worse without one for 
 is what a model without infilling does, and `spm_other` tells a suffix from the right suffix.
 """
 
+import ast
 import re
+import textwrap
+import warnings
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -70,6 +73,7 @@ def problems(
     A line counts if it has code on it (8 characters at least; no comment, no docstring) and text
     above and below, and if the whole has at most max_tokens tokens in every form. A second line of
     a document is used only where there are too few documents. A smaller corpus gives fewer.
+    A Python document that does not parse is left out: it may be the middle of a docstring.
     """
     prompts.require_infilling(tokenizer)
     split = corpus.open(corpus_dir, tokenizer).split(corpus_name, "heldout")
@@ -87,6 +91,8 @@ def problems(
 
 def _of_document(record: dict, document: int, tokenizer, seed: int, max_tokens: int):
     """The first two lines, in random order, that make a problem."""
+    if record["language"] == "python" and not _parses(record["text"]):
+        return []
     lines = _lines(record["text"])
     rng, found = shuffle.draws(seed, "infilling line", document), []
     candidates = [i for i in code_lines(record["text"]) if 0 < i < len(lines) - 1]
@@ -121,6 +127,16 @@ def code_lines(text: str) -> list[int]:
             numbers.append(number)
         quoted ^= quotes % 2 == 1
     return numbers
+
+
+def _parses(text: str) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about somebody else's source
+        try:
+            ast.parse(textwrap.dedent(text))
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return False
+    return True
 
 
 def _lines(text: str) -> list[str]:
