@@ -19,13 +19,14 @@ import hashlib
 import io
 import os
 import re
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
 import sentencepiece
 from etils import epath
+
+from codellama_jax import spm_file
 
 SPACE = "\u2581"  # how pieces write a space
 SMILEY = "\u263a"  # put before a text, it takes the space that would be put before the text
@@ -55,8 +56,8 @@ class Tokenizer:
     def __init__(self, path: str | os.PathLike):
         """Raises ValueError when there is no file at `path`, or no SentencePiece model in it."""
         self.path = os.fspath(path)
-        self._model = _read(self.path)
-        self._trusting = _load(self._model)
+        self._model = spm_file.read(self.path)
+        self._trusting = spm_file.load(self._model)
         self.vocab_size = self._trusting.vocab_size()
         self.bos_id, self.eos_id = self._trusting.bos_id(), self._trusting.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
@@ -70,12 +71,11 @@ class Tokenizer:
         ids = {piece: i for i, piece in enumerate(pieces)}
         marks = [ids.get(piece) for piece in (*INFILLING_PIECES, STEP_PIECE)]
         self.prefix_id, self.suffix_id, self.middle_id, self.eot_id, self.step_id = marks
-        self._guarded = _load(_as_control(self._model, {ids.get(p) for p in NEVER_FROM_TEXT}))
+        self._guarded = spm_file.load(_guarded(self._model, {ids.get(p) for p in NEVER_FROM_TEXT}))
         self._num_smiley_ids = len(self.encode(SMILEY))
-        self._unknown = _settings(self._model, _TRAINER).get(_UNK_SURFACE, " \u2047 ".encode())
+        self._settings = spm_file.settings(self._model)
         self._names = {ids[name]: name for name in CONTROL_PIECES if name in ids}
         self._bytes = [self._bytes_of(i, piece) for i, piece in enumerate(pieces)]
-        self._puts_space = bool(_settings(self._model, _NORMALIZER).get(_ADD_DUMMY_PREFIX, 1))
 
     def __reduce__(self):
         return Tokenizer, (self.path,)
@@ -128,7 +128,7 @@ class Tokenizer:
         A character that several byte pieces spell waits for its last byte.
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="codellama_each_byte")
-        drop_space = self._puts_space and not infilling
+        drop_space = self._settings.puts_space and not infilling
         for token in ids:
             spelling = self._spelling(int(token), control_text)
             if drop_space and spelling:
@@ -186,12 +186,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Hex sha256 of all that decides the ids of a text; not of the file's name or history."""
-        trainer, normalizer = (_settings(self._model, part) for part in (_TRAINER, _NORMALIZER))
-        identity = [
-            *_split(self._model)[0],
-            *(trainer.get(n) for n in (_MODEL_TYPE, _SPACE_AFTER, _BYTE_FALLBACK)),
-            *(normalizer.get(n) for n in (_CHARACTER_MAP, _ADD_DUMMY_PREFIX, _TRIM, _ESCAPE_SPACE)),
-        ]
+        identity = [*spm_file.split(self._model)[0], *self._settings]
         return hashlib.sha256(repr(identity).encode()).hexdigest()
 
     # -- inside ----------------------------------------------------------------------------------
@@ -210,8 +205,16 @@ class Tokenizer:
         if self._trusting.is_byte(token):
             return bytes([int(piece[1:-1], 16)])  # "<0x0A>"
         if self._trusting.is_unknown(token):
-            return self._unknown
+            return self._settings.unknown
         return piece.replace(SPACE, " ").encode()
+
+
+def _guarded(model: bytes, ids: set[int | None]) -> bytes:
+    """The model with the pieces `ids` made control pieces, which no text ever becomes."""
+    pieces, rest = spm_file.split(model)
+    for i in ids - {None}:
+        pieces[i] = spm_file.as_kind(pieces[i], spm_file.CONTROL)
+    return spm_file.join(pieces, rest)
 
 
 # -- training a vocabulary -----------------------------------------------------------------------
@@ -285,125 +288,10 @@ def _train_merges(lines: list[str], vocab_size: int, num_learned: int) -> bytes:
 
 def _with_llamas_pieces(model: bytes, vocab_size: int) -> bytes:
     """A trained model with whitespace pieces after the bytes and the infilling marks at the end."""
-    pieces, rest = _split(model)
+    pieces, rest = spm_file.split(model)
     num_special = 3 + 256  # <unk>, <s>, </s> and the bytes
-    spaces = [_piece(text, _LAST, _NORMAL) for text in WHITESPACE_PIECES]
-    marks = [_piece(text, 0.0, _USER_DEFINED) for text in INFILLING_PIECES]
-    settings = _pack(
-        [
-            (_TRAINER, _pack([(_VOCAB_SIZE, vocab_size)])),
-            (_NORMALIZER, _pack([(_ADD_DUMMY_PREFIX, 1)])),
-        ]
-    )
-    return _join(pieces[:num_special] + spaces + pieces[num_special:] + marks, rest + settings)
-
-
-# -- the file format -----------------------------------------------------------------------------
-# A SentencePiece model is a protocol buffer. Reading it here, not with a generated module, keeps
-# out a clash: two libraries that bring the same .proto file cannot be imported together.
-
-# Numbers of fields:
-_PIECE, _TRAINER, _NORMALIZER = 1, 2, 3  # of the model
-_TEXT, _SCORE, _TYPE = 1, 2, 3  # of a piece
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # (types)
-_MODEL_TYPE, _VOCAB_SIZE, _SPACE_AFTER, _BYTE_FALLBACK, _UNK_SURFACE = 3, 4, 24, 35, 44  # trainer
-_CHARACTER_MAP, _ADD_DUMMY_PREFIX, _TRIM, _ESCAPE_SPACE = 2, 3, 4, 5  # of the normalizer
-
-
-def _pack(fields: Iterable[tuple[int, int | float | bytes]]) -> bytes:
-    """Serializes (number, value) pairs. Of a field that occurs twice, readers take the last."""
-    message = bytearray()
-    for number, value in fields:
-        if isinstance(value, int):
-            message += _varint(number << 3) + _varint(value)
-        elif isinstance(value, float):
-            message += _varint(number << 3 | 5) + struct.pack("<f", value)
-        else:
-            message += _varint(number << 3 | 2) + _varint(len(value)) + value
-    return bytes(message)
-
-
-def _varint(number: int) -> bytes:
-    """`number` in groups of seven bits, lowest first; the top bit of a byte says more follow."""
-    groups = bytearray()
-    while number > 127:
-        groups.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*groups, number])
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yields the (number, value) pairs of a message: integers, or the bytes of all else.
-
-    Raises IndexError or ValueError when the bytes are no message.
-    """
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        number = shift = 0
-        while True:
-            byte = message[at]
-            number |= (byte & 127) << shift
-            at, shift = at + 1, shift + 7
-            if byte < 128:
-                return number
-
-    while at < len(message):
-        key = varint()
-        number, kind = key >> 3, key & 7
-        if kind == 0:
-            yield number, varint()
-            continue
-        size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
-        yield number, message[at : at + size]
-        at += size
-
-
-def _settings(model: bytes, part: int) -> dict[int, int | bytes]:
-    """The fields of the model's trainer or normalizer settings that the file gives."""
-    return {k: v for n, value in _fields(model) if n == part for k, v in _fields(value)}
-
-
-def _read(path: str) -> bytes:
-    """The bytes of a whole SentencePiece model. Raises ValueError for anything else."""
-    try:
-        model = epath.Path(path).read_bytes()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise ValueError(f"there is no file {path}; give the path of a tokenizer.model") from error
-    try:
-        if {_PIECE, _TRAINER, _NORMALIZER} <= {number for number, _ in _fields(model)}:
-            _load(model)
-            return model
-    except (RuntimeError, ValueError, LookupError):
-        pass
-    raise ValueError(
-        f"{path} ({len(model)} bytes) is not a whole SentencePiece model; "
-        "is it a tokenizer.json, a Git LFS pointer, or a broken download?"
-    )
-
-
-def _load(model: bytes) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_proto=model)
-
-
-def _split(model: bytes) -> tuple[list[bytes], bytes]:
-    """The pieces of a model, and the rest of it."""
-    fields = list(_fields(model))
-    rest = _pack(field for field in fields if field[0] != _PIECE)
-    return [value for number, value in fields if number == _PIECE], rest
-
-
-def _join(pieces: Iterable[bytes], rest: bytes) -> bytes:
-    return _pack((_PIECE, piece) for piece in pieces) + rest
-
-
-def _piece(text: str, score: float, kind: int) -> bytes:
-    return _pack([(_TEXT, text.encode()), (_SCORE, score), (_TYPE, kind)])
-
-
-def _as_control(model: bytes, ids: set[int | None]) -> bytes:
-    """The model with the pieces `ids` made control pieces, which no text ever becomes."""
-    pieces, rest = _split(model)
-    is_control = _pack([(_TYPE, _CONTROL)])
-    return _join((piece + is_control * (i in ids) for i, piece in enumerate(pieces)), rest)
+    spaces = [spm_file.piece(text, _LAST, spm_file.NORMAL) for text in WHITESPACE_PIECES]
+    marks = [spm_file.piece(text, 0.0, spm_file.USER_DEFINED) for text in INFILLING_PIECES]
+    pieces = pieces[:num_special] + spaces + pieces[num_special:] + marks
+    model = spm_file.join(pieces, rest)
+    return spm_file.with_settings(model, vocab_size=vocab_size, puts_space=True)

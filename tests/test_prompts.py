@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from codellama_jax import prompts
+from codellama_jax import prompts, spm_file
 from codellama_jax import tokenizer as tokenizers
 from codellama_jax.tokenizer import SPACE, STEP_PIECE, Tokenizer
 
@@ -45,16 +45,17 @@ def nano(tmp_path_factory) -> Tokenizer:
 def nano_step(nano, tmp_path_factory) -> Tokenizer:
     """A nano vocabulary with the piece that ends a chat message of the 70B."""
     path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
-    piece = tokenizers._piece(STEP_PIECE, 0.0, 4)
-    path.write_bytes(Path(nano.path).read_bytes() + tokenizers._pack([(1, piece)]))
+    pieces, rest = spm_file.split(Path(nano.path).read_bytes())
+    step = spm_file.piece(STEP_PIECE, 0.0, spm_file.USER_DEFINED)
+    path.write_bytes(spm_file.join([*pieces, step], rest))
     return Tokenizer(path)
 
 
 @pytest.fixture(scope="session")
 def nano_without_infilling(nano, tmp_path_factory) -> Tokenizer:
     path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
-    pieces, rest = tokenizers._split(Path(nano.path).read_bytes())
-    path.write_bytes(tokenizers._join(pieces[:-4], rest))
+    pieces, rest = spm_file.split(Path(nano.path).read_bytes())
+    path.write_bytes(spm_file.join(pieces[:-4], rest))
     return Tokenizer(path)
 
 

@@ -12,6 +12,7 @@ import pytest
 import sentencepiece
 from hypothesis import strategies as st
 
+from codellama_jax import spm_file
 from codellama_jax import tokenizer as tokenizers
 from codellama_jax.tokenizer import INFILLING_PIECES, SPACE, Tokenizer
 
@@ -67,8 +68,8 @@ def test_the_mark_of_a_space_decodes_to_a_space(nano):
 @check
 @hypothesis.given(text=texts)
 def test_infilling_encoding_is_encoding_without_the_space_in_front(nano, text):
-    no_dummy_prefix = b"\x1a\x02\x18\x00"  # normalizer_spec { add_dummy_prefix: false }
-    model = Path(nano.path).read_bytes() + no_dummy_prefix
+    model = Path(nano.path).read_bytes()
+    model = spm_file.with_settings(model, vocab_size=VOCAB_SIZE, puts_space=False)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     assert nano.encode_infilling(text, control_text=True) == processor.encode(text)
 
