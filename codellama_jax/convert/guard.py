@@ -331,7 +331,8 @@ def check_tokenizer(size: int, model: config.Model, findings: Findings) -> None:
     if size != model.vocab_size:
         findings.wrong(
             "tokenizer",
-            f"the tokenizer has {size:,} pieces, the weights have {model.vocab_size:,} rows",
+            f"the tokenizer has {size:,} pieces, the weights have {model.vocab_size:,} rows; "
+            "give the right one with --tokenizer, or --grow-vocab",
         )
 
 

@@ -12,21 +12,14 @@ The ids are SentencePiece's, and so Meta's, because three things are written dow
 """
 
 import json
-import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from codellama_jax import tokenizer
-from codellama_jax.tokenizer import INFILLING_PIECES, SPACE, STEP_PIECE
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of pieces
-
-
-class Piece(NamedTuple):
-    text: str
-    score: float
-    kind: int
+from codellama_jax import spm_file
+from codellama_jax.convert import vocabulary
+from codellama_jax.convert.vocabulary import Piece
+from codellama_jax.spm_file import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from codellama_jax.tokenizer import INFILLING_PIECES, NEVER_FROM_TEXT, SPACE, STEP_PIECE
 
 
 def write(model: Path, folder: Path) -> None:
@@ -34,9 +27,9 @@ def write(model: Path, folder: Path) -> None:
 
     Raises ValueError if its settings are not Llama's, which these files could not express.
     """
-    pieces = _pieces(model)
-    _check_settings(model, pieces)
-    text = json.dumps(tokenizer_json(pieces), indent=1, ensure_ascii=False)
+    pieces = vocabulary.pieces(model)
+    trims = _check_settings(model, pieces)
+    text = json.dumps(tokenizer_json(pieces, trims), indent=1, ensure_ascii=False)
     (folder / "tokenizer.json").write_text(text + "\n")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -57,14 +50,14 @@ def stop_ids(folder: Path) -> list[int]:
     """The ids at which generation ends: EOS, the end of an infilling, the end of a 70B message."""
     if not (folder / "tokenizer.model").exists():
         return [2]
-    names = {piece.text: i for i, piece in enumerate(_pieces(folder / "tokenizer.model"))}
+    names = {piece.text: i for i, piece in enumerate(vocabulary.pieces(folder / "tokenizer.model"))}
     return [2] + [names[name] for name in (INFILLING_PIECES[3], STEP_PIECE) if name in names]
 
 
 # -- tokenizer.json ----------------------------------------------------------------------------
 
 
-def tokenizer_json(pieces: Sequence[Piece]) -> dict:
+def tokenizer_json(pieces: Sequence[Piece], trims: bool = False) -> dict:
     """The content of tokenizer.json, in the terms of the tokenizers library."""
     marks = [i for i, piece in enumerate(pieces) if piece.text in INFILLING_PIECES]
     special = [i for i, piece in enumerate(pieces) if piece.kind in (UNKNOWN, CONTROL)]
@@ -77,7 +70,7 @@ def tokenizer_json(pieces: Sequence[Piece]) -> dict:
         "added_tokens": [
             _added(i, pieces[i].text, normalized=i in marks) for i in sorted({*special, *marks})
         ],
-        "normalizer": _normalizer(bool(marks)),
+        "normalizer": _normalizer(bool(marks), trims),
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
@@ -118,14 +111,14 @@ def merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
     pairs = [
         (-pieces[whole].score, whole, -cut, text[:cut], text[cut:])
         for text, whole in ids.items()
-        if text not in tokenizer.NEVER_FROM_TEXT
+        if text not in NEVER_FROM_TEXT
         for cut in range(1, len(text))
         if text[:cut] in ids and text[cut:] in ids
     ]
     return [(left, right) for *_, left, right in sorted(pairs)]
 
 
-def _normalizer(has_marks: bool) -> dict:
+def _normalizer(has_marks: bool, trims: bool) -> dict:
     """Spaces become U+2581, and one is put where a text begins that is not empty.
 
     With infilling marks, a text also begins after PRE and after MID (the prefix), never after SUF.
@@ -136,9 +129,14 @@ def _normalizer(has_marks: bool) -> dict:
     if has_marks:
         starts = rf"(?:\A|(?<={SPACE}<PRE>)|(?<={SPACE}<MID>))"
         not_before = rf"(?!{SPACE}<(?:PRE|SUF|MID|EOT)>)"
+    trim = [
+        {"type": "Replace", "pattern": {"Regex": rf"\A +|[ {SPACE}]+\z"}, "content": ""},
+        {"type": "Replace", "pattern": {"Regex": " +"}, "content": " "},
+    ]
     return {
         "type": "Sequence",
         "normalizers": [
+            *(trim if trims else []),
             {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
             {
                 "type": "Replace",
@@ -172,28 +170,18 @@ def _sequence(name: str, type_id: int) -> dict:
 # -- the SentencePiece file --------------------------------------------------------------------
 
 
-def _pieces(path: Path) -> list[Piece]:
-    content = tokenizer._read(str(path))
-    pieces = []
-    for message in tokenizer._split(content)[0]:
-        values = dict(tokenizer._fields(message))
-        score = struct.unpack("<f", values.get(2, b"\0\0\0\0"))[0]
-        pieces.append(Piece(values[1].decode(), score, values.get(3, NORMAL)))
-    return pieces
+def _check_settings(path: Path, pieces: Sequence[Piece]) -> bool:
+    """Whether the model removes superfluous spaces (Llama's does not).
 
-
-def _check_settings(path: Path, pieces: Sequence[Piece]) -> None:
-    """Raises ValueError unless the model is a byte-pair one that normalises nothing."""
-    content = tokenizer._read(str(path))
-    trainer = tokenizer._settings(content, tokenizer._TRAINER)
-    normalizer = tokenizer._settings(content, tokenizer._NORMALIZER)
+    Raises ValueError unless it is a byte-pair model that changes no other characters.
+    """
+    settings = spm_file.settings(spm_file.read(str(path)))
     other = [p.text for p in pieces if p.kind == USER_DEFINED and p.text not in INFILLING_PIECES]
     problems = {
-        "it is not a byte-pair model": trainer.get(tokenizer._MODEL_TYPE) != 2,
-        "it has no byte fallback": not trainer.get(tokenizer._BYTE_FALLBACK),
-        "it normalises characters": bool(normalizer.get(tokenizer._CHARACTER_MAP)),
-        "it puts no space before a text": not normalizer.get(tokenizer._ADD_DUMMY_PREFIX, 1),
-        "it removes spaces": bool(normalizer.get(tokenizer._TRIM, 1)),
+        "it is not a byte-pair model": settings.model_type != 2,
+        "it has no byte fallback": not settings.byte_fallback,
+        "it normalises characters": bool(settings.character_map),
+        "it puts no space before a text": not settings.puts_space or settings.space_after,
         f"it has user-defined pieces ({', '.join(other[:3])})": bool(other),
         "it has not <unk>, <s>, </s> as its first pieces": [p.kind for p in pieces[:3]]
         != [UNKNOWN, CONTROL, CONTROL],
@@ -201,6 +189,7 @@ def _check_settings(path: Path, pieces: Sequence[Piece]) -> None:
     wrong = [problem for problem, is_so in problems.items() if is_so]
     if wrong:
         raise ValueError(f"{path} cannot be written as tokenizer.json: {'; '.join(wrong)}")
+    return settings.trims
 
 
 # -- chat --------------------------------------------------------------------------------------

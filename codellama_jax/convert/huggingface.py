@@ -5,7 +5,6 @@ grouped heads or not. What transformers would compute differently from us is ref
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +12,7 @@ import numpy as np
 from codellama_jax import config
 from codellama_jax.convert import guard, hf_tokenizer, proof, pth, safetensor, table
 from codellama_jax.convert.meta import read_json
-from codellama_jax.convert.weights import Weights, stream
-
-TOKENIZER_FILES = (
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt",
-)  # fmt: skip
-
+from codellama_jax.convert.weights import Weights, copy_tokenizer, stream, tokenizer_files
 
 # -- reading -----------------------------------------------------------------------------------
 
@@ -43,8 +36,8 @@ def read(folder: Path, findings: guard.Findings) -> Weights:
     def read_(tensor: table.Tensor) -> np.ndarray:
         return entries[tensor.hf].array()
 
-    tokenizer = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).exists())
-    return proof.checked(Weights(model, kinds.pop(), read_, tokenizer), known, findings)
+    weights = Weights(model, kinds.pop(), read_, tokenizer_files(folder))
+    return proof.checked(weights, known, findings)
 
 
 def _entries(folder: Path) -> dict[str, pth.Entry]:
@@ -141,8 +134,12 @@ def _declared(settings: dict, findings: guard.Findings) -> guard.Declared:
 def write(weights: Weights, folder: Path, shard_bytes: int = 5_000_000_000) -> None:
     """Writes `weights` into the empty `folder`, in files of at most `shard_bytes` each.
 
-    A tensor that is larger has a file of its own.
+    A tensor that is larger has a file of its own. Hugging Face's tokenizer files are copied, or
+    made from tokenizer.model where there are none.
     """
+    copy_tokenizer(weights, folder)
+    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+        hf_tokenizer.write(folder / "tokenizer.model", folder)
     shards = _plan(weights, shard_bytes)
     name = "model.safetensors"
     names = [name]
@@ -214,11 +211,3 @@ def _generation_json(folder: Path) -> dict:
 
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def write_tokenizer(weights: Weights, folder: Path) -> None:
-    """Puts the tokenizer's files into `folder`: made from tokenizer.model, or as they were."""
-    for path in weights.tokenizer:
-        shutil.copyfile(path, folder / path.name)
-    if (folder / "tokenizer.model").exists():
-        hf_tokenizer.write(folder / "tokenizer.model", folder)

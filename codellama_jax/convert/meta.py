@@ -14,7 +14,7 @@ import numpy as np
 
 from codellama_jax import config
 from codellama_jax.convert import guard, proof, pth, table
-from codellama_jax.convert.weights import Weights, stream
+from codellama_jax.convert.weights import Weights, copy_tokenizer, stream
 
 PARAMS = {  # what Meta's reference code accepts, and what of it says something about the model
     "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier",
@@ -204,6 +204,7 @@ def write(weights: Weights, folder: Path, shards: int = 1) -> None:
     model = weights.model
     lengths = table.sizes(model)
     check_shards(model, shards)
+    copy_tokenizer(weights, folder)
     plan = [
         (t.meta, _part_shape(table.shape(t.row.meta_axes, lengths), t.row.split, shards))
         for t in table.tensors(model)

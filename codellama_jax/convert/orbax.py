@@ -7,7 +7,6 @@ slice of one layer along the width, so hosts that hold slices of a weight read l
 
 import importlib.metadata
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from codellama_jax import config
 from codellama_jax.convert import guard, proof, table
-from codellama_jax.convert.weights import Weights, dtype, stream
+from codellama_jax.convert.weights import Weights, copy_tokenizer, dtype, stream, tokenizer_files
 
 CHUNK_BYTES = 32 << 20  # of a chunk, at most, where the width divides so far
 ZARR_DTYPES = {"bfloat16": "bfloat16", "float16": "<f2", "float32": "<f4"}
@@ -43,8 +42,7 @@ def read(folder: Path, findings: guard.Findings) -> Weights:
         part = array if tensor.layer is None else array[tensor.layer]
         return table.rearrange(part.read().result(), row.ours_axes, row.hf_axes, lengths)
 
-    names = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
-    tokenizer = tuple(step.parent / name for name in names if (step.parent / name).exists())
+    tokenizer = tokenizer_files(step.parent)
     known = proof.read(step.parent) if step.name == "0" else None
     weights = Weights(model, dtype(kinds.pop()), read_, tokenizer)
     return proof.checked(weights, known, findings)
@@ -92,6 +90,7 @@ def _open(params: Path, row: table.Row, model: config.Model):
 def write(weights: Weights, folder: Path) -> None:
     """Writes `weights` into the empty `folder` as step 0 of a stage of that name."""
     model, lengths = weights.model, table.sizes(weights.model)
+    copy_tokenizer(weights, folder)
     step = folder / "0"
     (step / "params").mkdir(parents=True)
     for row in table.rows(model):
@@ -116,11 +115,6 @@ def write(weights: Weights, folder: Path) -> None:
     )
     for place in (step / "params", step / "recipe", step):  # what makes it whole in object stores
         (place / "commit_success.txt").write_text("written by codellama_jax\n")
-
-
-def write_tokenizer(weights: Weights, folder: Path) -> None:
-    for path in weights.tokenizer:
-        shutil.copyfile(path, folder / path.name)
 
 
 def _pieces(row: table.Row, shape: tuple[int, ...], itemsize: int) -> tuple[int, int]:

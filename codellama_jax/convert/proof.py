@@ -60,17 +60,6 @@ def digest(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
 
 
-def recorded(weights: Weights, sums: dict[str, str]) -> Weights:
-    """The same weights; the hash of each tensor goes into `sums` as it is read."""
-
-    def read_(tensor: table.Tensor) -> np.ndarray:
-        array = weights.read(tensor)
-        sums[tensor.hf] = digest(array)
-        return array
-
-    return replace(weights, read=read_)
-
-
 def checked(weights: Weights, expected: Checksums | None, findings: guard.Findings) -> Weights:
     """The same weights; reading a NaN, or a tensor that `expected` does not know, is refused."""
 
@@ -90,10 +79,8 @@ def checked(weights: Weights, expected: Checksums | None, findings: guard.Findin
 
 def sums_of(weights: Weights) -> dict[str, str]:
     """The hash of every tensor, read once."""
-    sums: dict[str, str] = {}
-    for _ in stream(recorded(weights, sums), table.tensors(weights.model)):
-        pass
-    return sums
+    read = replace(weights, read=lambda tensor: digest(weights.read(tensor)))
+    return {tensor.hf: sum_ for tensor, sum_ in stream(read, table.tensors(weights.model))}
 
 
 def differences(left: dict[str, str], right: dict[str, str]) -> list[str]:

@@ -1,45 +1,81 @@
 """From one folder of weights to another: checked, streamed, proved, and whole or absent.
 
-source --read--> checked --cast, grow--> recorded --write--> DST.partial --verify--> DST
+source --read--> checked --grow, cast--> recorded --write--> DST.partial --verify--> DST
 """
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from codellama_jax import config
-from codellama_jax.convert import guard, huggingface, meta, orbax, proof, table
+from codellama_jax.convert import guard, huggingface, meta, orbax, proof, table, vocabulary
 from codellama_jax.convert import weights as weights_
 from codellama_jax.convert.weights import Weights
 
-FORMATS = ("meta", "hf", "orbax")
-READ = {"meta": meta.read, "hf": huggingface.read, "orbax": orbax.read}
+FORMATS = {"meta": meta, "hf": huggingface, "orbax": orbax}
+SHARD_BYTES = 5_000_000_000  # largest file of a Hugging Face folder
 
 
-def format_of(folder: Path) -> str:
-    """Which of FORMATS lies in `folder`. Raises ValueError if none does."""
-    if (folder / "params.json").exists():
-        return "meta"
-    if (folder / "config.json").exists():
-        return "hf"
-    if folder.is_dir():
-        orbax.find(folder)  # raises
-        return "orbax"
-    raise ValueError(f"there is no folder {folder}")
+def convert(
+    source: tuple[str, str | os.PathLike],
+    destination: tuple[str, str | os.PathLike],
+    *,
+    shards: int = 1,
+    shard_bytes: int = SHARD_BYTES,
+    dtype: str | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    grow_vocab: bool = False,
+    verify: bool = False,
+    allow: tuple[str, ...] = (),
+    say: Callable[[str], None] = print,
+    progress: Callable[[int, int], None] = lambda done, whole: None,
+) -> None:
+    """Converts (format, folder) to (format, folder); formats are "meta", "hf" and "orbax".
 
+    shards         files of a Meta folder (model-parallel): 1, 2, 4 or 8
+    shard_bytes    largest file of a Hugging Face folder
+    dtype          of what is written; None: as it was, and then every bit is
+    tokenizer      tokenizer.model to put beside the weights instead of the source's
+    grow_vocab     give the weights as many rows as `tokenizer` has, or as the source's has once
+                   Code Llama's infilling pieces are added; new rows are the mean of the old ones
+    verify         read both sides again afterwards and compare SHA-256 sums of every tensor
+    allow          names of guard.CHECKS not to refuse
+    progress       called with (bytes done, bytes in all)
 
-def variant(path: str | os.PathLike) -> str:
-    """One line: which official model lies at `path`, or that it is none; and its numbers.
-
-    Reads settings and headers, no weights. Raises ValueError for what does not fit together.
+    Raises ValueError for whatever is wrong. Then, and after a kill, nothing is at the destination.
     """
-    folder = Path(path)
-    findings = guard.Findings(say=lambda _: None)
-    return guard.describe(READ[format_of(folder)](folder, findings).model)
+    (kind, folder), (to, dst) = source, destination
+    _check_options(to, shards, shard_bytes)
+    findings = guard.Findings(tuple(allow), say)
+    weights = FORMATS[kind].read(Path(folder), findings)
+    say(f"source: {guard.describe(weights.model)}, {weights.dtype}")
+    if verify and kind == "meta":
+        meta.check_checklist(Path(folder), findings)
+        findings.settle()
+    if tokenizer is not None:
+        weights = replace(weights, tokenizer=(Path(tokenizer),))
+    with tempfile.TemporaryDirectory() as temporary:
+        if grow_vocab:
+            weights = _grown(weights, tokenizer is None, Path(temporary), say)
+        weights = _rounded(weights, dtype, findings)
+        _check_tokenizer(weights, findings)
+        options = {"meta": {"shards": shards}, "hf": {"shard_bytes": shard_bytes}}.get(to, {})
+        with new_folder(Path(dst), weights.nbytes) as partial:
+            sums = _write(weights, to, partial, options, progress)
+            findings.close()
+            if verify:
+                _verify(sums, weights, FORMATS[to].read(partial, guard.Findings(say=_silent)))
+    proved = "; both sides read again, all sums equal" if verify else ""
+    say(f"written: {dst}, {len(sums)} tensors, {weights.nbytes:,} bytes{proved}")
+
+
+# -- between a folder and memory ---------------------------------------------------------------
 
 
 def read_params(
@@ -54,11 +90,8 @@ def read_params(
     dtype: "bfloat16", "float16" or "float32"; None keeps the files' own. Raises ValueError for
     weights that guard refuses and for tensors that are not those of a checksum table beside them.
     """
-    folder = Path(path)
     findings = guard.Findings(allow, say)
-    weights = READ[format_of(folder)](folder, findings)
-    if dtype is not None:
-        weights = weights_.cast(weights, weights_.dtype(dtype))
+    weights = _rounded(_open(Path(path), findings), dtype, findings)
     params = weights_.to_params(weights)
     findings.close()
     return weights.model, params
@@ -68,153 +101,122 @@ def export_hf(
     params: dict,
     model: config.Model,
     dst: str | os.PathLike,
-    tokenizer_path: str | os.PathLike | None,
-    *,
+    tokenizer_path: str | os.PathLike | None = None,
     dtype: str | None = None,
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes parameters that are in memory as a Hugging Face folder, tokenizer included.
 
     dtype: as in read_params. Raises ValueError if `dst` exists and is not empty, if a weight is
     not finite, or if the tokenizer has not as many pieces as `model` has rows.
     """
+    findings = guard.Findings(say=_silent)
     tokenizer = () if tokenizer_path is None else (Path(tokenizer_path),)
-    weights = weights_.from_params(params, model)
-    if dtype is not None:
-        weights = weights_.cast(weights, weights_.dtype(dtype))
-    findings = guard.Findings(say=print)
-    weights = with_tokenizer(weights, tokenizer, findings)
-    _write(proof.checked(weights, None, findings), "hf", Path(dst), shard_bytes=shard_bytes)
+    weights = replace(weights_.from_params(params, model), tokenizer=tokenizer)
+    weights = _rounded(proof.checked(weights, None, findings), dtype, findings)
+    _check_tokenizer(weights, findings)
+    with new_folder(Path(dst), weights.nbytes) as partial:
+        _write(weights, "hf", partial, {"shard_bytes": shard_bytes})
 
 
-def convert(
-    source: tuple[str, str | os.PathLike],
-    destination: tuple[str, str | os.PathLike],
-    *,
-    shards: int = 1,
-    shard_bytes: int = 5_000_000_000,
-    dtype: str | None = None,
-    tokenizer: str | os.PathLike | None = None,
-    grow_vocab: int | None = None,
-    verify: bool = False,
-    allow: tuple[str, ...] = (),
-    say: Callable[[str], None] = print,
-    progress: Callable[[int, int], None] = lambda done, whole: None,
-) -> None:
-    """Converts (format, folder) to (format, folder); formats are "meta", "hf" and "orbax".
+def variant(path: str | os.PathLike) -> str:
+    """One line: which official model lies at `path`, or that it is none; and its numbers.
 
-    shards         files of a Meta folder (model-parallel): 1, 2, 4 or 8
-    shard_bytes    largest file of a Hugging Face folder
-    dtype          of what is written; None: as it was, and then every bit is
-    tokenizer      tokenizer.model to put beside the weights instead of the source's
-    grow_vocab     rows of the vocabulary afterwards; new rows are the mean of the old ones
-    verify         read both sides again afterwards and compare SHA-256 sums of every tensor
-    allow          names of guard.CHECKS not to refuse
-    progress       called with (bytes done, bytes in all)
-
-    Raises ValueError for whatever is wrong. Then, and after a kill, nothing is at the destination.
+    Reads settings and headers, no weights. Raises ValueError for what does not fit together.
     """
-    (kind, folder), (to, dst) = source, destination
-    findings = guard.Findings(tuple(allow), say)
-    original = READ[kind](Path(folder), findings)
-    say(f"source: {guard.describe(original.model)}, {original.dtype}")
-    if verify and kind == "meta":
-        meta.check_checklist(Path(folder), findings)
-        findings.settle()
-    weights = original
-    if grow_vocab is not None:
-        weights = weights_.grow(weights, grow_vocab)
-        say(f"vocabulary: {original.model.vocab_size:,} -> {grow_vocab:,}, new rows the mean")
-    if dtype is not None and weights_.dtype(dtype) != weights.dtype:
-        weights = weights_.cast(weights, weights_.dtype(dtype))
-        say(f"dtype: {original.dtype} -> {dtype}, to nearest, ties to even")
-        weights = proof.checked(weights, None, findings)
-    chosen = weights.tokenizer if tokenizer is None else (Path(tokenizer),)
-    weights = with_tokenizer(weights, chosen, findings)
-    findings.settle()
-    sums = _write(
-        weights,
-        to,
-        Path(dst),
-        shards=shards,
-        shard_bytes=shard_bytes,
-        verify=verify,
-        close=findings.close,
-        progress=progress,
+    return guard.describe(_open(Path(path), guard.Findings(say=_silent)).model)
+
+
+def _open(folder: Path, findings: guard.Findings) -> Weights:
+    """The weights in `folder`, whichever format it has."""
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    if (folder / "params.json").exists():
+        return meta.read(folder, findings)
+    if (folder / "config.json").exists():
+        return huggingface.read(folder, findings)
+    return orbax.read(folder, findings)
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+# -- steps -------------------------------------------------------------------------------------
+
+
+def _check_options(to: str, shards: int, shard_bytes: int) -> None:
+    """Raises ValueError for an option that the destination's format has no use for."""
+    if to != "meta" and shards != 1:
+        raise ValueError(f"shards={shards} has no effect on {to!r}; only Meta's format has them")
+    if to != "hf" and shard_bytes != SHARD_BYTES:
+        raise ValueError(f"shard_bytes={shard_bytes} has no effect on {to!r}; only on 'hf'")
+
+
+def _grown(weights: Weights, add_pieces: bool, folder: Path, say: Callable) -> Weights:
+    """The weights and their tokenizer, with more rows."""
+    if add_pieces:
+        model = next((p for p in weights.tokenizer if p.suffix == ".model"), None)
+        if model is None:
+            raise ValueError("there is no tokenizer.model to add pieces to; give --tokenizer")
+        vocabulary.grow(model, folder / "tokenizer.model")
+        weights = replace(weights, tokenizer=(folder / "tokenizer.model",))
+    old, new = weights.model.vocab_size, vocabulary.size(weights.tokenizer)
+    say(f"vocabulary: {old:,} -> {new:,}, each new row the mean of the old ones")
+    return weights_.grow(weights, new)
+
+
+def _rounded(weights: Weights, dtype: str | None, findings: guard.Findings) -> Weights:
+    """The weights in `dtype`. What becomes infinite on the way is found wrong."""
+    if dtype is None or weights_.dtype(dtype) == weights.dtype:
+        return weights
+    exact = dtype == "float32"
+    findings.say(
+        f"dtype: {weights.dtype} -> {dtype}, "
+        + ("exact" if exact else "rounded to nearest, ties to even")
     )
-    say(f"written: {dst}, {len(sums)} tensors, {weights.nbytes:,} bytes" + verified(verify))
+    return proof.checked(weights_.cast(weights, weights_.dtype(dtype)), None, findings)
 
 
-def verified(verify: bool) -> str:
-    return "; both sides read again, all sums equal" if verify else ""
-
-
-def with_tokenizer(weights: Weights, paths: tuple[Path, ...], findings: guard.Findings) -> Weights:
-    """The weights with these tokenizer files. Finds a SentencePiece file of another size wrong."""
-    from dataclasses import replace
-
-    model_file = next((path for path in paths if path.name.endswith(".model")), None)
-    if model_file is not None:
-        from codellama_jax import tokenizer
-
-        guard.check_tokenizer(tokenizer.Tokenizer(model_file).vocab_size, weights.model, findings)
-    elif not paths:
-        findings.say("no tokenizer found: none is written")
+def _check_tokenizer(weights: Weights, findings: guard.Findings) -> None:
+    size = vocabulary.size(weights.tokenizer)
+    if size is None:
+        findings.say("no tokenizer found, and none written")
+    else:
+        guard.check_tokenizer(size, weights.model, findings)
     findings.settle()
-    return replace(weights, tokenizer=paths)
 
 
 def _write(
     weights: Weights,
     to: str,
-    dst: Path,
-    *,
-    shards: int = 1,
-    shard_bytes: int = 5_000_000_000,
-    verify: bool = False,
-    close: Callable[[], None] = lambda: None,
+    folder: Path,
+    options: dict,
     progress: Callable[[int, int], None] = lambda done, whole: None,
 ) -> dict[str, str]:
-    """Writes a folder whole or not at all; returns the SHA-256 sums of what is in it."""
-    if to == "meta":
-        meta.check_shards(weights.model, shards)
+    """Writes a folder and its checksum table; returns the sums."""
     sums: dict[str, str] = {}
-    recorded = _counted(proof.recorded(weights, sums), progress)
-    with new_folder(dst, weights.nbytes) as folder:
-        if to == "meta":
-            for path in weights.tokenizer:
-                shutil.copyfile(path, folder / path.name)
-            meta.write(recorded, folder, shards)
-        elif to == "hf":
-            huggingface.write_tokenizer(weights, folder)
-            huggingface.write(recorded, folder, shard_bytes)
-        else:
-            orbax.write_tokenizer(weights, folder)
-            orbax.write(recorded, folder)
-        proof.Checksums(weights.model, str(weights.dtype), sums).write(folder)
-        close()
-        if verify:
-            written = READ[to](folder, guard.Findings(say=lambda _: None))
-            for side, again in (("source", weights), ("destination", written)):
-                odd = proof.differences(sums, proof.sums_of(again))
-                if odd:
-                    raise ValueError(f"the {side} gives other bits when read again: {odd[:3]}")
-    return sums
-
-
-def _counted(weights: Weights, progress: Callable[[int, int], None]) -> Weights:
-    from dataclasses import replace
-
     done = 0
 
     def read(tensor: table.Tensor) -> np.ndarray:
         nonlocal done
         array = weights.read(tensor)
+        sums[tensor.hf] = proof.digest(array)
         done += array.nbytes
         progress(done, weights.nbytes)
         return array
 
-    return replace(weights, read=read)
+    FORMATS[to].write(replace(weights, read=read), folder, **options)
+    proof.Checksums(weights.model, str(weights.dtype), sums).write(folder)
+    return sums
+
+
+def _verify(sums: dict[str, str], source: Weights, written: Weights) -> None:
+    """Raises ValueError unless both sides, read again, have these sums."""
+    for side, weights in (("source", source), ("destination", written)):
+        odd = proof.differences(sums, proof.sums_of(weights))
+        if odd:
+            raise ValueError(f"the {side}, read again, has other bits in {', '.join(odd[:3])}")
 
 
 @contextmanager

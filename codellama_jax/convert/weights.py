@@ -6,6 +6,7 @@ bytes in a safetensors file. The functions here wrap `read`, so casts, new rows 
 each tensor as it flows by.
 """
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,6 +23,11 @@ DTYPES = {
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
 }
+
+TOKENIZER_FILES = (
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,18 @@ def dtype(name: str) -> np.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def tokenizer_files(folder: Path) -> tuple[Path, ...]:
+    """The files in `folder` that are a tokenizer's."""
+    return tuple(folder / name for name in TOKENIZER_FILES if (folder / name).exists())
+
+
+def copy_tokenizer(weights: Weights, folder: Path) -> None:
+    """Puts the tokenizer's files into `folder`, a SentencePiece model as tokenizer.model."""
+    for path in weights.tokenizer:
+        name = "tokenizer.model" if path.suffix == ".model" else path.name
+        shutil.copyfile(path, folder / name)
 
 
 def stream(

@@ -1,0 +1,66 @@
+"""Vocabularies: what is in a SentencePiece file, and Code Llama's infilling pieces added to one.
+
+Llama 2 has 32,000 pieces; Code Llama has 16 more at the end, of which four are the infilling marks
+and the others building blocks and repetitions that mean nothing.
+"""
+
+import json
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+from codellama_jax import spm_file
+from codellama_jax.spm_file import NORMAL, UNUSED, USER_DEFINED
+from codellama_jax.tokenizer import BUILDING_PIECES, INFILLING_PIECES, SPACE
+
+CODE_LLAMA_PIECES = (  # ids 32000..32015 of Code Llama 7B and 13B
+    *BUILDING_PIECES,
+    *INFILLING_PIECES,
+    *(SPACE + "<EOT>" * n for n in range(2, 7)),
+)
+
+
+class Piece(NamedTuple):
+    text: str
+    score: float
+    kind: int
+
+
+def pieces(path: Path) -> list[Piece]:
+    """The pieces of SentencePiece file `path`, by id."""
+    found = []
+    for message in spm_file.split(spm_file.read(str(path)))[0]:
+        values = dict(spm_file.fields(message))  # 1: text, 2: score, 3: kind
+        score = struct.unpack("<f", values.get(2, bytes(4)))[0]
+        found.append(Piece(values[1].decode(), score, values.get(3, NORMAL)))
+    return found
+
+
+def size(paths: tuple[Path, ...]) -> int | None:
+    """The number of ids of a tokenizer's files; None if they are none that we can count."""
+    for path in paths:
+        if path.suffix == ".model":
+            return len(pieces(path))
+        if path.name == "tokenizer.json":
+            content = json.loads(path.read_text())
+            ids = [*content["model"]["vocab"].values()]
+            return 1 + max([*ids, *(token["id"] for token in content["added_tokens"])])
+    return None
+
+
+def grow(source: Path, destination: Path) -> None:
+    """Writes `source` with infilling marks: all 16 pieces of Code Llama after Llama 2's 32,000.
+
+    A vocabulary of another size gets only the four marks. No text ever becomes one of the new
+    pieces except the marks, and those only if a tokenizer is told to trust the text. Raises
+    ValueError if the marks are there already.
+    """
+    old = pieces(source)
+    new = CODE_LLAMA_PIECES if len(old) == 32_000 else INFILLING_PIECES
+    clash = sorted({piece.text for piece in old} & set(new))
+    if clash:
+        raise ValueError(f"{source} has {clash[0]} already; there is nothing to grow")
+    old_pieces, rest = spm_file.split(spm_file.read(str(source)))
+    kinds = [USER_DEFINED if text in INFILLING_PIECES else UNUSED for text in new]
+    added = [spm_file.piece(text, 0.0, kind) for text, kind in zip(new, kinds, strict=True)]
+    destination.write_bytes(spm_file.join([*old_pieces, *added], rest))
