@@ -316,6 +316,23 @@ def test_a_file_that_is_no_whole_vocabulary_is_refused(nano, tmp_path):
             Tokenizer(path)
 
 
+def test_a_file_taken_apart_and_joined_is_the_same_vocabulary(nano, tmp_path):
+    pieces, rest = spm_file.split(Path(nano.path).read_bytes())
+    assert len(pieces) == nano.vocab_size
+    (tmp_path / "again.model").write_bytes(spm_file.join(pieces, rest))
+    assert Tokenizer(tmp_path / "again.model").fingerprint == nano.fingerprint
+    assert spm_file.settings(rest) == spm_file.Settings(
+        model_type=2,
+        space_after=False,
+        byte_fallback=True,
+        unknown=" ⁇ ".encode(),
+        character_map=b"",
+        puts_space=True,
+        trims=False,
+        escapes_space=True,
+    )
+
+
 # -- Meta's vocabularies -------------------------------------------------------------------------
 
 
@@ -341,12 +358,16 @@ def special_ids(tokenizer: Tokenizer) -> tuple:
     return t.bos_id, t.eos_id, t.prefix_id, t.suffix_id, t.middle_id, t.eot_id, t.step_id
 
 
-def test_special_ids_are_published_ones(llama, code_llama, code_llama_70b):
+def test_metas_vocabularies_have_the_published_ids_and_the_nano_their_settings(
+    llama, code_llama, code_llama_70b, nano
+):
     assert special_ids(llama) == (1, 2, None, None, None, None, None)
     assert special_ids(code_llama) == (1, 2, 32_007, 32_008, 32_009, 32_010, None)
     assert special_ids(code_llama_70b) == (1, 2, 32_007, 32_008, 32_009, 32_010, 32_015)
     assert (llama.vocab_size, code_llama.vocab_size) == (32_000, 32_016)
     assert len({t.fingerprint for t in (llama, code_llama, code_llama_70b)}) == 3
+    settings = [spm_file.settings(spm_file.read(t.path)) for t in (llama, code_llama)]
+    assert settings == [spm_file.settings(spm_file.read(nano.path))] * 2
 
 
 # fmt: off
