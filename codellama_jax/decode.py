@@ -1,0 +1,285 @@
+"""The decoding machine: prompts in, tokens out, one compiled program per shape.
+
+`prefill` reads prompts of unequal length into a cache; `decode` adds tokens to all rows at once. A
+prompt is padded at its right to T slots of the cache, and what a row generates goes to slots T,
+T + 1, ... whatever the length of its prompt. So all rows write one slot, in place, and between a
+prompt and its answer lies a gap that no query sees. Positions (RoPE) know no gap:
+
+    slot       0  1  2  3  4 | 5  6          T = 5
+    short row  a  b  .  .  . | c  d          positions 0 1 - - - | 2 3
+    long row   e  f  g  h  i | j  k          positions 0 1 2 3 4 | 5 6
+
+Keys and values lie [B, K, S, H]: a head's positions side by side, which a query reads in one pass
+(four times faster on a CPU than [B, S, K, H]). Sizes come in buckets, so shapes recur.
+
+Axes: B batch  T query position  S cache slot  C slots read or written by one call  N query heads
+      K key/value heads  G = N / K  H head width  D width  V vocab
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from codellama_jax import config, sharding, state
+from codellama_jax import model as llama_model
+
+PREFILL_CHUNK = 512  # prompt tokens read at once: bounds the scores to [B, N, 512, S]
+DECODE_CHUNK = 16  # most tokens added by one call of decode
+MAX_STOP_IDS = 4
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer."""
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+
+
+class Rows(NamedTuple):
+    """A batch between two calls of decode, which takes it away (donated) and returns the next."""
+
+    caches: list[Cache]
+    logits_BV: jax.Array  # float32: what comes next
+    lengths_B: jax.Array  # int32: tokens of each prompt
+    step: jax.Array  # int32: tokens generated so far
+
+
+class Draw(NamedTuple):
+    """How the next token is drawn. Row b draws from (seeds_B[b], numbers_B[b], step) alone."""
+
+    temperature: np.float32  # 0: the most likely token
+    top_p: np.float32  # mass of the nucleus
+    seeds_B: np.ndarray  # uint32
+    numbers_B: np.ndarray  # uint32: tells apart the rows of one seed
+    stop_ids: np.ndarray  # int32[MAX_STOP_IDS], filled up with -1
+
+
+def bucket(length: int) -> int:
+    """The size that `length` is padded to: 16, 32, ..., 512, 1,024, 1,536, 2,048, ...
+
+    Powers of two up to PREFILL_CHUNK, then at most four sizes per doubling, because a cache of
+    100,000 positions padded to 131,072 would not fit where it just did.
+    """
+    size = max(16, 1 << (length - 1).bit_length())
+    step = min(size, max(PREFILL_CHUNK, size // 8))
+    return -(-length // step) * step
+
+
+@functools.partial(jax.jit, static_argnames=("model", "room"))
+def prefill(
+    params: state.Params,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    *,
+    model: config.Model,
+    room: int,
+) -> Rows:
+    """Reads prompts and leaves `room` slots after them.
+
+    The layers of `params` are a list (see model.unstack). T is a bucket; row b has lengths_B[b]
+    tokens, one at least, then padding of any id. Only its last position is turned into logits.
+    """
+    llama = state.bind(model, params)
+    B, T = tokens_BT.shape
+    C = min(T, PREFILL_CHUNK)
+
+    def read(i, carry):
+        caches, last_BD = carry
+        x_BCD, caches = _read_chunk(llama, tokens_BT, i * C, C, caches)
+        end_B = lengths_B - 1 - i * C  # where in this chunk a prompt ends, if it does
+        x_B1D = jnp.take_along_axis(x_BCD, jnp.clip(end_B, 0, C - 1)[:, None, None], axis=1)
+        ends_here_B1 = ((end_B >= 0) & (end_B < C))[:, None]
+        return caches, jnp.where(ends_here_B1, x_B1D[:, 0], last_BD)
+
+    dtype = llama.tok_embeddings[...].dtype
+    start = _empty_caches(model, B, T + room, dtype), jnp.zeros((B, model.dim), dtype)
+    num_chunks = (lengths_B.max() + C - 1) // C
+    caches, last_BD = jax.lax.fori_loop(0, num_chunks, read, start)
+    return Rows(caches, _logits(llama, last_BD), lengths_B, jnp.int32(0))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "prompt_room"), donate_argnames="rows")
+def decode(
+    params: state.Params,
+    rows: Rows,
+    draw: Draw,
+    done_B: jax.Array,
+    steps: int,
+    *,
+    model: config.Model,
+    prompt_room: int,
+) -> tuple[Rows, jax.Array, jax.Array]:
+    """Adds up to `steps` <= DECODE_CHUNK tokens to every row; ends early when all rows are done.
+
+    done_B: rows that need no more. prompt_room: the T of prefill. Returns (rows, tokens_BC,
+    log_probs_BC) with the log-probabilities under the logits as they are, before temperature and
+    nucleus. Of a row that was done or has met a stop id, what follows is of no use.
+    """
+    llama = state.bind(model, params)
+    B, S = rows.lengths_B.shape[0], rows.caches[0].k_BKSH.shape[2]
+    slots_1S = jnp.arange(S)[None]
+
+    def unfinished(carry):
+        i, _, done_B, *_ = carry
+        return (i < steps) & ~done_B.all()
+
+    def step(carry):
+        i, rows, done_B, tokens_BC, log_probs_BC = carry
+        token_B = sample(rows.logits_BV, draw, rows.step)
+        token_B1 = token_B[:, None]
+        log_probs_BV = jax.nn.log_softmax(rows.logits_BV, axis=-1)
+        log_prob_B1 = jnp.take_along_axis(log_probs_BV, token_B1, axis=1)
+
+        slot = prompt_room + rows.step
+        prompt_BS = slots_1S < rows.lengths_B[:, None]
+        answer_1S = (slots_1S >= prompt_room) & (slots_1S <= slot)
+        positions_B1 = (rows.lengths_B + rows.step)[:, None]
+        mask_B1S = (prompt_BS | answer_1S)[:, None]
+        x_B1D, caches = _forward(llama, token_B1, positions_B1, rows.caches, slot, mask_B1S)
+        return (
+            i + 1,
+            Rows(caches, _logits(llama, x_B1D[:, 0]), rows.lengths_B, rows.step + 1),
+            done_B | jnp.isin(token_B, draw.stop_ids),
+            jax.lax.dynamic_update_slice(tokens_BC, token_B1, (0, i)),
+            jax.lax.dynamic_update_slice(log_probs_BC, log_prob_B1, (0, i)),
+        )
+
+    tokens_BC = jnp.zeros((B, DECODE_CHUNK), jnp.int32)
+    log_probs_BC = jnp.zeros((B, DECODE_CHUNK), jnp.float32)
+    start = (jnp.int32(0), rows, jnp.asarray(done_B), tokens_BC, log_probs_BC)
+    _, rows, _, tokens_BC, log_probs_BC = jax.lax.while_loop(unfinished, step, start)
+    return rows, _everywhere(tokens_BC), _everywhere(log_probs_BC)
+
+
+@functools.partial(jax.jit, donate_argnames="rows")
+def allow(rows: Rows, allowed_BV: jax.Array) -> Rows:
+    """Rows whose next token is one of allowed_BV, bool."""
+    logits_BV = jnp.where(allowed_BV, rows.logits_BV, -jnp.inf)
+    return rows._replace(logits_BV=sharding.constrain(logits_BV, "batch", None))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def logits(params: state.Params, tokens_BT: jax.Array, *, model: config.Model) -> jax.Array:
+    """float32[B, T, V]: the logits of every position, read as prefill reads; T is a bucket."""
+    llama = state.bind(model, params)
+    B, T = tokens_BT.shape
+    C = min(T, PREFILL_CHUNK)
+
+    def read(caches, i):
+        x_BCD, caches = _read_chunk(llama, tokens_BT, i * C, C, caches)
+        return caches, llama.logits(x_BCD)
+
+    caches = _empty_caches(model, B, T, llama.tok_embeddings[...].dtype)
+    _, logits_nBCV = jax.lax.scan(read, caches, jnp.arange(T // C))
+    logits_BTV = jnp.moveaxis(logits_nBCV, 0, 1).reshape(B, T, -1)  # [n,B,C,V] -> [B,n*C,V]
+    return _everywhere(logits_BTV)
+
+
+# -- sampling ----------------------------------------------------------------------------------
+def sample(logits_BV: jax.Array, draw: Draw, step: jax.Array) -> jax.Array:
+    """The next token of each row, int32[B]."""
+
+    def by_chance():
+        probs_BV = jax.nn.softmax(logits_BV / draw.temperature, axis=-1)
+        kept_BV, order_BV = nucleus(probs_BV, draw.top_p)
+        point_B = jax.vmap(_uniform, (0, 0, None))(draw.seeds_B, draw.numbers_B, step)
+        mass_BV = jnp.cumsum(kept_BV, axis=-1)
+        rank_B1 = (mass_BV <= point_B[:, None] * mass_BV[:, -1:]).sum(axis=-1, keepdims=True)
+        return jnp.take_along_axis(order_BV, rank_B1, axis=1)[:, 0].astype(jnp.int32)
+
+    def likeliest():
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+    return jax.lax.cond(draw.temperature > 0, by_chance, likeliest)
+
+
+def nucleus(probs_BV: jax.Array, top_p: float) -> tuple[jax.Array, jax.Array]:
+    """(kept_BV, order_BV): what is left of the probabilities, largest first, and whose they are.
+
+    A token falls out when the tokens before it have more than `top_p` together, so the one that
+    crosses top_p stays, and top_p = 0 keeps the first alone.
+    """
+    order_BV = jnp.argsort(probs_BV, axis=-1, descending=True)
+    sorted_BV = jnp.take_along_axis(probs_BV, order_BV, axis=-1)
+    before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
+    kept_BV = jnp.where(before_BV > top_p, 0.0, sorted_BV)
+    return kept_BV / kept_BV.sum(axis=-1, keepdims=True), order_BV
+
+
+def _uniform(seed, number, step):
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), step)
+    return jax.random.uniform(key)
+
+
+# -- forward with a cache ----------------------------------------------------------------------
+def _read_chunk(llama, tokens_BT, start, C, caches):
+    """Reads tokens_BT[:, start : start + C] into the cache; slots are positions here."""
+    B, T = tokens_BT.shape
+    tokens_BC = jax.lax.dynamic_slice(tokens_BT, (0, start), (B, C))
+    positions_C = start + jnp.arange(C)
+    mask_1CS = (jnp.arange(T)[None] <= positions_C[:, None])[None]
+    positions_BC = jnp.broadcast_to(positions_C, (B, C))
+    return _forward(llama, tokens_BC, positions_BC, caches, start, mask_1CS)
+
+
+def _forward(llama, tokens_BT, positions_BT, caches, slot, mask_BTS):
+    """Normalised hidden states x_BTD, and the caches with the new tokens from `slot` on."""
+    x_BTD = llama.tok_embeddings[...][tokens_BT]
+    rope = llama_model.rope_table(positions_BT, llama.model)
+    new_caches = []
+    for block, cache in zip(llama.layers, caches, strict=True):
+
+        def attend(q_BTNH, k_BTKH, v_BTKH, cache=cache):
+            cache = _write(cache, k_BTKH, v_BTKH, slot)
+            new_caches.append(cache)
+            return _attend(q_BTNH, cache, mask_BTS)
+
+        x_BTD = block(x_BTD, rope, attend)
+    return llama_model.rms_norm(x_BTD, llama.norm, llama.model.norm_eps), new_caches
+
+
+def _write(cache: Cache, k_BTKH, v_BTKH, slot) -> Cache:
+    def put(old_BKSH, new_BTKH):
+        new_BKTH = jnp.swapaxes(new_BTKH, 1, 2)
+        return _placed(jax.lax.dynamic_update_slice(old_BKSH, new_BKTH, (0, 0, slot, 0)))
+
+    return Cache(put(cache.k_BKSH, k_BTKH), put(cache.v_BKSH, v_BTKH))
+
+
+def _attend(q_BTNH, cache: Cache, mask_BTS):
+    """softmax(q k / sqrt(H)) v over the first slots of the cache, as many as the mask has."""
+    B, T, N, H = q_BTNH.shape
+    S = mask_BTS.shape[-1]
+    k_BKSH, v_BKSH = (x_BKSH[:, :, :S] for x_BKSH in cache)
+    K = k_BKSH.shape[1]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)  # [B, T, N, H] -> [B, T, K, G, H]
+    s_BKGTS = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32)
+    s_BKGTS = jnp.where(mask_BTS[:, None, None], s_BKGTS / math.sqrt(H), -1e30)
+    p_BKGTS = jax.nn.softmax(s_BKGTS, axis=-1).astype(v_BKSH.dtype)
+    return jnp.einsum("BKGTS,BKSH->BTKGH", p_BKGTS, v_BKSH).reshape(B, T, N, H)
+
+
+def _empty_caches(model: config.Model, batch: int, slots: int, dtype) -> list[Cache]:
+    """Zeros, not whatever memory holds: 0 times a NaN behind the mask would be a NaN."""
+    zeros_BKSH = jnp.zeros((batch, model.num_kv_heads, slots, model.head_dim), dtype)
+    return [Cache(_placed(zeros_BKSH), _placed(zeros_BKSH)) for _ in range(model.num_layers)]
+
+
+def _logits(llama, x_BD):
+    return sharding.constrain(llama.logits(x_BD), "batch", None)
+
+
+def _placed(x_BKSH):
+    return sharding.constrain(x_BKSH, "batch", "kv_heads", None, None)
+
+
+def _everywhere(x):
+    """On a mesh: a copy for each process to read."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P())

@@ -1,0 +1,168 @@
+"""What is asked of a model, and what has come of it so far: on the host, row by row.
+
+A Request is a prompt of ids, how to read the ids that follow it, and these ids as they come. It
+knows where its text ends and how much of it can be shown already. Sampling says how ids are drawn.
+"""
+
+import dataclasses
+import functools
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from codellama_jax import prompts
+from codellama_jax.config import check
+from codellama_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How far to go and how to draw. At temperature=0 the likeliest token is taken, always.
+
+    A row draws the same tokens in any batch, given its seed. One seed for many rows gives each its
+    own numbers by its place, the first those of seed=[seed].
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float | None = None  # None: 0.9, as in Meta's code
+    seed: int | Sequence[int] | None = None  # of all rows, or one for each; None: 0
+
+    def __post_init__(self):
+        check(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        check(
+            0 <= self.temperature < float("inf"),
+            f"temperature={self.temperature} must be 0 (greedy) or larger",
+        )
+        check(self.top_p is None or 0 <= self.top_p <= 1, f"top_p={self.top_p} must be in 0..1")
+        for name in ("top_p", "seed"):
+            check(
+                self.temperature > 0 or getattr(self, name) is None,
+                f"{name}={getattr(self, name)} has no effect at temperature=0, which always takes "
+                f"the likeliest token; leave {name} out or raise the temperature",
+            )
+
+    def draws(self, num_rows: int) -> list[tuple[int, int]]:
+        """(seed, number) of each row: what its random numbers come from."""
+        if self.seed is None or isinstance(self.seed, int | np.integer):
+            pairs = [(int(self.seed or 0), row) for row in range(num_rows)]
+        else:
+            check(
+                len(self.seed) == num_rows,
+                f"there are {len(self.seed)} seeds for {num_rows} prompts; give one each, or one",
+            )
+            pairs = [(int(seed), 0) for seed in self.seed]
+        for seed, _ in pairs:
+            check(0 <= seed < 2**32, f"seed={seed} must be in 0..{2**32 - 1}")
+        return pairs
+
+
+@dataclasses.dataclass
+class Request:
+    """A prompt, and the ids that have come after it."""
+
+    prompt: list[int]
+    text_of: Callable[[list[int]], str] | None = None  # ids after the prompt to text
+    spelled: str = ""  # text to write first: what token healing took from the prompt
+    stop: tuple[str, ...] = ()  # texts that end it
+    draw: tuple[int, int] = (0, 0)
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    log_probs: list[float] = dataclasses.field(default_factory=list)
+    done: bool = False
+
+    def extend(self, tokens: np.ndarray, log_probs: np.ndarray, stop_ids: Sequence[int]) -> None:
+        """Takes in a chunk up to its first stop id; is done at one, or at a stop text."""
+        if self.done:
+            return
+        ends = np.flatnonzero(np.isin(tokens, stop_ids))
+        count = int(ends[0]) if len(ends) else len(tokens)
+        self.tokens += tokens[:count].tolist()
+        self.log_probs += log_probs[:count].tolist()
+        self.done = bool(len(ends)) or self._stop_at() is not None
+
+    def text(self) -> str:
+        """The text so far, cut before the first stop text."""
+        return self.text_of(self.tokens)[: self._stop_at()]
+
+    def settled(self) -> str:
+        """The part of text() that stays, whatever comes.
+
+        Held back are the first bytes of a character, what may become a stop text, and white space,
+        which a chat answer loses at its end.
+        """
+        text = self.text()
+        if self.done:
+            return text
+        text = text[: len(text) - max((len(stop) - 1 for stop in self.stop), default=0)]
+        return text.rstrip().rstrip("\ufffd")
+
+    def _stop_at(self) -> int | None:
+        text = self.text_of(self.tokens) if self.stop else ""
+        return min((text.find(stop) for stop in self.stop if stop in text), default=None)
+
+
+# -- one for each kind of prompt -----------------------------------------------------------------
+def completion(tokenizer: Tokenizer, text: str, stop: Sequence[str] = ()) -> Request:
+    text_of = functools.partial(prompts.completed, tokenizer, text)
+    return Request(tokenizer.encode(text, bos=True), text_of, stop=_texts(stop))
+
+
+def chat(tokenizer: Tokenizer, dialog: Sequence[dict], stop: Sequence[str] = ()) -> Request:
+    """White space around the answer is dropped: the format puts it there."""
+
+    def text_of(tokens):
+        return tokenizer.decode(tokens).strip()
+
+    return Request(prompts.chat(tokenizer, dialog), text_of, stop=_texts(stop))
+
+
+def infilling(
+    tokenizer: Tokenizer,
+    prefix: str,
+    suffix: str,
+    suffix_first: bool = False,
+    stop: Sequence[str] = (),
+) -> Request:
+    """In SPM with token healing: what the end of the prefix may share with the middle is taken
+    back, and has to be written anew (appendix E of the paper)."""
+    prompt, taken = prompts.infilling(tokenizer, prefix, suffix, suffix_first), ""
+    if suffix_first:
+        prompt, taken = tokenizer.take_back(prompt)
+
+    def text_of(tokens):
+        return prompts.infilled_middle(tokenizer, prefix, tokens, suffix_first, taken)
+
+    return Request(prompt, text_of, spelled=taken, stop=_texts(stop))
+
+
+def near_gap(tokenizer: Tokenizer, prefix: str, suffix: str, room: int) -> tuple[str, str]:
+    """The end of `prefix` and the start of `suffix` that make a prompt of at most `room` tokens.
+
+    The suffix gets a quarter, or what the prefix leaves. Raises ValueError for no room at all.
+    """
+    if len(prompts.infilling(tokenizer, prefix, suffix)) <= room:
+        return prefix, suffix
+    marks = len(prompts.infilling(tokenizer, "", ""))
+    check(
+        room > marks,
+        f"max_new_tokens leaves room for {room} tokens, and an infilling needs more than {marks}; "
+        "lower max_new_tokens",
+    )
+    room -= marks
+
+    def longest(part: Callable[[int], str], text: str, encode: Callable, room: int) -> str:
+        fitting = bisect_right(range(len(text) + 1), room, key=lambda n: len(encode(part(n))))
+        return part(fitting - 1)
+
+    for_suffix = max(room // 4, room - len(tokenizer.encode(prefix)))
+    end = longest(lambda n: suffix[:n], suffix, tokenizer.encode_infilling, for_suffix)
+    for_prefix = room - len(tokenizer.encode_infilling(end))
+    start = longest(lambda n: prefix[len(prefix) - n :], prefix, tokenizer.encode, for_prefix)
+    return start, end
+
+
+def _texts(stop: Sequence[str]) -> tuple[str, ...]:
+    check(not isinstance(stop, str), f"stop={stop!r} is one text; give a list of texts")
+    check(all(stop), "an empty text in `stop` would end every answer at once")
+    return tuple(stop)
