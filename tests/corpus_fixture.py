@@ -15,7 +15,7 @@ NUM_FILES = 40
 
 
 def write_tree(folder: Path, *, num_files: int = NUM_FILES) -> Path:
-    """Python modules with documented functions and a class, a C file, a CRLF file, and prose."""
+    """Python modules with documented functions and a class, a C file, a CRLF file, an empty one, and prose."""
     rng = random.Random(0)
     for number in range(num_files):
         path = folder / f"package{number % 4}" / f"module_{number}.py"
@@ -25,6 +25,7 @@ def write_tree(folder: Path, *, num_files: int = NUM_FILES) -> Path:
         prose.parent.mkdir(exist_ok=True)
         prose.write_text("\n\n".join(_sentences(rng) for _ in range(6)) + "\n")
     (folder / "windows.py").write_bytes(_module(rng, 99).replace("\n", "\r\n").encode())
+    (folder / "empty.py").write_text("")
     (folder / "main.c").write_text(
         "#include <stdio.h>\n\nint add(int a, int b)\n{\n    return a + b;\n}\n\n"
         'int main(void)\n{\n    printf("%d\\n", add(1, 2));\n    return 0;\n}\n'
@@ -50,6 +51,13 @@ def request() -> gather.Request:
 def tokenizer() -> Tokenizer:
     path = Path(tempfile.mkdtemp(prefix="codellama-tokenizer-")) / "tokenizer.model"
     train(gather.training_texts(gathered(), ["code", "language"]), 512, path)
+    return Tokenizer(path)
+
+
+@functools.cache
+def other_tokenizer() -> Tokenizer:
+    path = Path(tempfile.mkdtemp(prefix="codellama-tokenizer-")) / "other.model"
+    train(gather.training_texts(gathered(), ["code"]), 400, path)
     return Tokenizer(path)
 
 

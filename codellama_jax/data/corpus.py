@@ -10,7 +10,9 @@ renamed. Which documents are held out depends on the path of their file alone: a
 go together, in every corpus, and none is ever trained on.
 """
 
+import functools
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -26,7 +28,8 @@ from codellama_jax.data.gather import Gathered, Request, file_of, gather, heldou
 FORMAT = 1  # of the folder; a change makes older folders unreadable
 SHARD_BYTES = 256 * 1024**2
 SPLITS = ("train", "heldout")
-Progress = Callable[[str, int, int], None]  # name of the corpus, documents done, documents
+Progress = Callable[[str, int, int], None]  # name of the corpus, documents so far, of how many
+REPORT_EVERY = 500  # documents
 
 
 class Split:
@@ -35,19 +38,27 @@ class Split:
     def __init__(self, folder: Path, files: list[str], lengths: str):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+        self._name = f"{folder / files[0]} and its fellows" if files[1:] else str(folder / files[0])
         self.lengths = np.load(folder / lengths, mmap_mode="r")
         self._records = ArrayRecordDataSource([str(folder / file) for file in files])
         if len(self._records) != len(self.lengths):
             raise ValueError(
-                f"{folder} is damaged: {len(self._records)} documents in {files[0]} and its "
-                f"fellows, {len(self.lengths)} lengths in {lengths}; prepare the corpus again"
+                f"{self._name} has {len(self._records)} documents, but {lengths} has "
+                f"{len(self.lengths)} lengths; prepare the corpus again"
             )
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def record(self, number: int) -> dict:
-        return json.loads(self._records[number])
+        """Document `number`. Raises ValueError where the file is damaged."""
+        try:
+            return json.loads(self._records[number])
+        except (RuntimeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"document {number} of {self._name} cannot be read ({error}); "
+                "prepare the corpus again"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -107,9 +118,10 @@ def prepare(
     gathered = gathered or gather(request)
     folder.mkdir(parents=True, exist_ok=True)
     held_out = heldout_files(gathered)
+    measure = _Measure(tokenizer)
     corpora = {}
     for name in gathered.corpora:
-        corpora[name] = _write_corpus(folder, name, gathered, held_out, tokenizer, progress)
+        corpora[name] = _write_corpus(folder, name, gathered, held_out, measure, progress)
     manifest = {
         "format": FORMAT,
         "asked": asked,
@@ -127,7 +139,7 @@ def prepare(
 
 
 def _write_corpus(
-    folder: Path, name: str, gathered: Gathered, held_out: set, tokenizer, progress
+    folder: Path, name: str, gathered: Gathered, held_out: set, measure: "_Measure", progress
 ) -> dict:
     """Writes both splits of one corpus; returns its entry of the manifest."""
     (folder / name).mkdir(exist_ok=True)
@@ -140,24 +152,28 @@ def _write_corpus(
         splits[which].append(document if isinstance(document, dict) else asdict(document))
     kind = "dialogues" if isinstance(documents[0], dict) else "documents"
     entry = {"kind": kind, "origin": gathered.origin[name]}
-    done = 0
+    done = itertools.count(1)
+
+    def tell() -> None:
+        count = next(done)
+        if progress and (count % REPORT_EVERY == 0 or count == len(documents)):
+            progress(name, count, len(documents))
+
     for which, chosen in splits.items():
-        entry[which] = _write_split(folder, f"{name}/{which}", chosen, tokenizer)
-        done += len(chosen)
-        if progress:
-            progress(name, done, len(documents))
+        entry[which] = _write_split(folder, f"{name}/{which}", chosen, measure, tell)
     return entry
 
 
-def _write_split(folder: Path, stem: str, records: list[dict], tokenizer) -> dict:
+def _write_split(folder: Path, stem: str, records: list[dict], measure: "_Measure", tell) -> dict:
     lengths, languages, lines = [], {}, []
     for record in records:
-        length, size = _measure(record, tokenizer)
+        length, size = measure(record)
         lengths.append(length)
         entry = languages.setdefault(record["language"], {"documents": 0, "bytes": 0, "tokens": 0})
         for key, value in (("documents", 1), ("bytes", size), ("tokens", length)):
             entry[key] += value
         lines.append(json.dumps(record, ensure_ascii=False).encode())
+        tell()
     shards = _shards(lines)
     names = [f"{stem}-{n:05d}-of-{len(shards):05d}.array_record" for n in range(len(shards))]
     for file, shard in zip(names, shards, strict=True):
@@ -177,15 +193,23 @@ def _write_split(folder: Path, stem: str, records: list[dict], tokenizer) -> dic
     }
 
 
-def _measure(record: dict, tokenizer) -> tuple[int, int]:
-    """Tokens and bytes of a record; notes the tokens of a long text's chunks in it."""
-    if "dialog" in record:
-        text = "".join(message["content"] for message in record["dialog"])
-        return len(prompts.chat_example(tokenizer, record["dialog"])[0]), len(text.encode())
-    counts = tokens.count(tokenizer, record["text"])
-    if len(counts) > 1:
-        record["chunk_tokens"] = counts
-    return sum(counts) + 2, len(record["text"].encode())
+class _Measure:
+    """Counts tokens; those of a text that stands in several corpora once."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self._count = functools.cache(lambda text: tokens.count(tokenizer, text))
+
+    def __call__(self, record: dict) -> tuple[int, int]:
+        """Tokens and bytes of a record; notes the tokens of a long text's chunks in it."""
+        if "dialog" in record:
+            text = "".join(message["content"] for message in record["dialog"])
+            ids, _ = prompts.chat_example(self._tokenizer, record["dialog"])
+            return len(ids), len(text.encode())
+        counts = self._count(record["text"])
+        if len(counts) > 1:
+            record["chunk_tokens"] = counts
+        return sum(counts) + 2, len(record["text"].encode())
 
 
 def _shards(lines: list[bytes]) -> list[list[bytes]]:
@@ -204,10 +228,13 @@ def _write_shard(path: Path, lines: list[bytes]) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     temporary = path.with_suffix(".tmp")
-    writer = ArrayRecordWriter(str(temporary), "group_size:1")  # one record a read
-    for line in lines:
-        writer.write(line)
-    writer.close()
+    try:
+        writer = ArrayRecordWriter(str(temporary), "group_size:1")  # one record a read
+        for line in lines:
+            writer.write(line)
+        writer.close()
+    except RuntimeError as error:  # a full disk, for one
+        raise OSError(f"{temporary} could not be written: {error}") from None
     os.replace(temporary, path)
 
 

@@ -1,8 +1,8 @@
 """Gathering: from sources to the corpora of a recipe, cleaned, in memory.
 
-    code_files, python_files    whole files, near-duplicates removed
-    code, python                the same cut into functions, for short rows
-    code_language               docstrings and prose that comes with code
+    code, python                files, or pieces of the size of functions for short rows
+    code_files, python_files    whole files, where the former are pieces
+    code_language               docstrings
     language                    reference prose
     dialogues                   a docstring asks, its function answers
 
@@ -20,7 +20,17 @@ from pathlib import Path
 from codellama_jax.data import clean, pieces, shuffle, sources
 from codellama_jax.data.sources import Document, Tally
 
-PROSE = ("code_language", "language")
+CORPORA = (
+    "code",
+    "python",
+    "code_files",
+    "python_files",
+    "code_language",
+    "language",
+    "dialogues",
+)
+WHOLE = 10**9  # characters: longer than any document
+ANSWER_CHARS = 4_000  # longest answer of a dialogue
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,7 @@ class Request:
     """What a corpus is asked to be made of."""
 
     code_dirs: tuple[str, ...] = ()  # trees of source files; none: what Python itself brings
-    function_chars: int = 560  # longest function-sized document
+    function_chars: int = 560  # longest function-sized document; 0: whole files
     heldout_rate: float = 0.04  # share of files held out for evaluation
     jaccard: float = 0.8  # similarity from which two documents are near-duplicates
     file_bytes: int = 1_000_000  # larger files are left out
@@ -40,9 +50,10 @@ class Request:
             raise ValueError(f"heldout_rate={self.heldout_rate} must lie between 0 and 1")
         if not 0 < self.jaccard <= 1:
             raise ValueError(f"jaccard={self.jaccard} must lie between 0 and 1")
-        if self.function_chars < 2 * pieces.MIN_CHARS:
+        if self.function_chars and self.function_chars < 2 * pieces.MIN_CHARS:
             raise ValueError(
-                f"function_chars={self.function_chars} must be at least {2 * pieces.MIN_CHARS}"
+                f"function_chars={self.function_chars} must be at least {2 * pieces.MIN_CHARS}, "
+                "or 0 for whole files"
             )
 
     def fingerprint(self) -> str:
@@ -113,7 +124,7 @@ def gather(request: Request) -> Gathered:
         for document in sources.code_tree(folder, limits=limits, tally=gathered.tally)
     ]
     _add(gathered, trees, origin=", ".join(request.code_dirs))
-    wanted = {"code", "python", "dialogues", *PROSE}
+    wanted = set(CORPORA) if request.function_chars else {c for c in CORPORA if "files" not in c}
     if wanted - set(gathered.corpora):
         tally = gathered.tally if not trees else Tally()
         library = sources.python_installation(limits=limits, tally=tally)
@@ -124,27 +135,27 @@ def gather(request: Request) -> Gathered:
 def _add(gathered: Gathered, documents: list[Document], *, origin: str) -> None:
     """Makes the corpora that `documents` have something for and that are not there yet."""
     request, tally = gathered.request, gathered.tally
-    have = set(gathered.corpora)
     documents = clean.without_duplicates(documents, threshold=request.jaccard, tally=tally)
     code = [d for d in documents if d.language != "prose"]
     prose = [d for d in documents if d.language == "prose"]
-    size = request.function_chars
-    made: dict[str, list] = {
-        "code_files": code,
-        "python_files": [d for d in code if d.language == "python"],
-        "code": [],
-        "code_language": [],
-        "language": [piece for d in prose for piece in pieces.paragraphs(d, max_chars=size)],
-        "dialogues": [],
-    }
+    made: dict[str, list] = {"code_language": [], "dialogues": []}
+    size = request.function_chars or WHOLE
+    if request.function_chars:
+        made["code_files"] = code
+        made["python_files"] = [d for d in code if d.language == "python"]
+        made["code"] = []
+        made["language"] = [d for page in prose for d in pieces.paragraphs(page, max_chars=size)]
+    else:
+        made["code"], made["language"] = code, prose
     for document in code:
-        made["code"] += pieces.functions(document, max_chars=size)
+        if request.function_chars:
+            made["code"] += pieces.functions(document, max_chars=size)
         made["code_language"] += pieces.docstrings(document, max_chars=size)
-        made["dialogues"] += pieces.dialogues(document, max_chars=size)
-    for name in ("code", *PROSE):
+        made["dialogues"] += pieces.dialogues(document, max_chars=min(size, ANSWER_CHARS))
+    for name in ("code", "code_language", "language"):
         made[name] = clean.without_duplicates(made[name], threshold=request.jaccard, tally=tally)
     made["python"] = [d for d in made["code"] if d.language == "python"]
-    for name, corpus in made.items():
-        if corpus and name not in have:
-            gathered.corpora[name] = corpus
+    for name in CORPORA:
+        if made.get(name) and name not in gathered.corpora:
+            gathered.corpora[name] = made[name]
             gathered.origin[name] = origin

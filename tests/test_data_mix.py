@@ -1,0 +1,194 @@
+"""data/mix.py: the batch of a step is the same for any reader, and shares are kept."""
+
+import hashlib
+
+import corpus_fixture
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from codellama_jax.data import mix
+
+STEPS = 6
+
+
+def read(data=None, **options):
+    folder, tokenizer = corpus_fixture.prepared().folder, corpus_fixture.tokenizer()
+    options = {"steps": STEPS} | options
+    return list(mix.batches(data or corpus_fixture.data(), folder, tokenizer, **options))
+
+
+def digest(batches) -> str:
+    """Of all arrays in order."""
+    total = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            total.update(np.ascontiguousarray(batch[name]).tobytes())
+    return total.hexdigest()
+
+
+def joined(parts):
+    """The global batches out of those of every process."""
+    return [
+        {name: np.concatenate([part[name] for part in step]) for name in step[0]}
+        for step in zip(*parts, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    return read()
+
+
+def test_a_batch_has_these_arrays(one_process):
+    assert len(one_process) == STEPS
+    assert {name: (x.shape, x.dtype) for name, x in one_process[0].items()} == {
+        "tokens": ((8, 65), np.int32),
+        "loss_mask": ((8, 65), np.bool_),
+        "segments": ((8, 65), np.int32),
+        "positions": ((8, 65), np.int32),
+        "corpus": ((8,), np.int32),
+    }
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_batches_are_equal_for_any_number_of_processes(one_process, count):
+    parts = [read(process_index=index, process_count=count) for index in range(count)]
+    assert digest(joined(parts)) == digest(one_process)
+
+
+@pytest.mark.parametrize("start", [1, 4, STEPS])
+def test_batches_are_equal_from_any_step(one_process, start):
+    assert digest(read(start_step=start)) == digest(one_process[start:])
+
+
+def test_batches_are_equal_for_any_number_of_workers(one_process):
+    data = corpus_fixture.data(workers=2)
+    assert digest(read(data)) == digest(one_process)
+    assert digest(read(data, start_step=3)) == digest(one_process[3:])
+
+
+def test_a_batch_is_the_rows_that_the_mixture_describes(one_process):
+    folder, tokenizer = corpus_fixture.prepared().folder, corpus_fixture.tokenizer()
+    data = corpus_fixture.data()
+    mixture = mix.open_mixture(data, folder, tokenizer)
+    for step, batch in enumerate(one_process):
+        for place in range(8):
+            name, pieces = mixture.describe(step * 8 + place)
+            assert name == mix.names(data)[batch["corpus"][place]]
+            ids = [token for piece in pieces for token in piece.tokens]
+            assert batch["tokens"][place][: len(ids)].tolist() == ids
+
+
+def test_seeds_give_different_batches(one_process):
+    assert digest(read(corpus_fixture.data(seed=1))) != digest(one_process)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=6), st.integers(0, 10**13))
+def test_every_corpus_is_read_in_order_without_a_gap(weights, start):
+    schedule = mix.Schedule([weight / sum(weights) for weight in weights])
+    following = schedule.counts(start)
+    assert sum(following) == start
+    for k in range(start, start + 50):
+        number, own_index = schedule[k]
+        assert own_index == following[number]
+        following[number] += 1
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [(0.85, 0.08, 0.07), (0.75, 0.10, 0.10, 0.05), (0.92, 0.06, 0.02), (1.0,), (1 / 3,) * 3],
+)
+def test_shares_are_exact_to_a_row(shares):
+    schedule = mix.Schedule(list(shares))
+    for k in (10, 1_000, 123_457, 10**12):
+        for count, share in zip(schedule.counts(k), shares, strict=True):
+            assert abs(count - k * share) <= 1 + k * 1e-6 * len(shares)
+    rows = [schedule[k][0] for k in range(1_000)]
+    for number, share in enumerate(shares):
+        assert rows.count(number) / 1_000 == pytest.approx(share, abs=1e-3)
+        for first in range(0, 1_000, 100):  # and evenly spread
+            assert rows[first : first + 100].count(number) == pytest.approx(100 * share, abs=2)
+
+
+def test_epochs_are_counted():
+    folder, tokenizer = corpus_fixture.prepared().folder, corpus_fixture.tokenizer()
+    data = corpus_fixture.data()
+    mixture = mix.open_mixture(data, folder, tokenizer)
+    steps = 50
+    for name, epochs in mixture.epochs(steps).items():
+        one = next(rows for rows in mixture.rows if rows.name == name)
+        expected = data.mix[name] * steps * data.rows_per_batch / one.rows_per_epoch
+        assert epochs == pytest.approx(expected, abs=1 / one.rows_per_epoch)
+
+
+def test_dialogues_and_documents_mix():
+    data = corpus_fixture.data(
+        mix={"dialogues": 0.92, "code": 0.06, "language": 0.02}, seq_len=200, batch_tokens=800
+    )
+    kinds = {kind for batch in read(data) for kind in batch["corpus"].tolist()}
+    assert kinds == {0, 1} or kinds == {0, 1, 2}
+    assert mix.names(data) == ["code", "dialogues", "language"]
+
+
+def test_documents_can_share_attention():
+    batch = read(corpus_fixture.data(attend_across_documents=True), steps=1)[0]
+    inside = batch["segments"] > 0
+    assert set(np.unique(batch["segments"])) <= {0, 1}
+    assert (batch["positions"][inside] == np.nonzero(inside)[1]).all()
+    apart = read(steps=1)[0]
+    assert (batch["tokens"] == apart["tokens"]).all()
+    assert (batch["loss_mask"] == apart["loss_mask"]).all()
+
+
+def test_held_out_rows_are_plain_and_not_trained_on():
+    folder, tokenizer = corpus_fixture.prepared().folder, corpus_fixture.tokenizer()
+    rows = mix.heldout_rows(corpus_fixture.data(), folder, tokenizer, "code", 5)
+    assert rows["tokens"].shape == (5, 65)
+    assert tokenizer.middle_id not in rows["tokens"]
+    everything = mix.heldout_rows(corpus_fixture.data(), folder, tokenizer, "code", 10**6)
+    split = corpus_fixture.prepared().split("code", "heldout")
+    assert (everything["segments"] > 0).sum() == split.lengths.sum()
+
+
+# -- what is refused --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mix": {"code": 0.5, "rust": 0.5}}, "no corpus 'rust'; it has"),
+        ({"batch_tokens": 64 * 4_000}, "fewer than the .* of one batch"),
+        (
+            {"mix": {"dialogues": 1.0}, "seq_len": 200, "batch_tokens": 200},
+            "infilling_rate=0.9 has no effect",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_met_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        read(corpus_fixture.data(**changes))
+
+
+def test_rows_that_do_not_divide_among_processes_are_refused():
+    with pytest.raises(ValueError, match="8 rows does not divide among 3 processes"):
+        read(process_count=3)
+
+
+def test_infilling_without_infilling_pieces_is_refused(outside_material):
+    from codellama_jax.data import infilling
+    from codellama_jax.data.rows import Rows
+    from codellama_jax.tokenizer import Tokenizer
+
+    llama2 = Tokenizer(outside_material / "tokenizer" / "llama2_tokenizer.model")
+    split = corpus_fixture.prepared().split("code", "train")
+    with pytest.raises(ValueError, match="needs a tokenizer with infilling pieces"):
+        Rows(split, llama2, name="code", seed=0, seq_len=64, rates=infilling.Rates(0.9))
+
+
+def test_another_tokenizer_is_refused():
+    folder, tokenizer = corpus_fixture.prepared().folder, corpus_fixture.other_tokenizer()
+    with pytest.raises(ValueError, match="prepared for another tokenizer"):
+        mix.batches(corpus_fixture.data(), folder, tokenizer, steps=1)

@@ -1,0 +1,117 @@
+"""Shows what a step trains on: rebuilds its batch from the corpus alone, without an accelerator.
+
+    python tools/look_at_batch.py --stage work/code --step 1200
+    python tools/look_at_batch.py --stage work/code --step 1200 --row 3 --text
+    python tools/look_at_batch.py --corpus work/corpus --tokenizer work/tokenizer.model \\
+        --mix code=0.85 code_language=0.08 language=0.07 --seq-len 256 --rows 32 --infilling 0.9 \\
+        --step 0
+
+Per row: corpus, epoch, and for each document where it is from, which of its tokens stand in the
+row, and how it was infilled (the characters where its middle begins and ends). --text adds the text
+with its control tokens shown.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a clone that is not installed
+
+
+def main() -> int:
+    args = arguments()
+    try:
+        data, corpus_dir, tokenizer_path = from_stage(args) if args.stage else from_flags(args)
+        show(data, corpus_dir, tokenizer_path, step=args.step, only=args.row, text=args.text)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--step", type=int, required=True, help="counted from 0")
+    parser.add_argument("--row", type=int, help="only this row of the batch")
+    parser.add_argument("--text", action="store_true", help="show the text too")
+    parser.add_argument("--stage", metavar="DIR", help="a stage's folder with a checkpoint")
+    other = parser.add_argument_group("without a stage")
+    other.add_argument("--corpus", metavar="DIR")
+    other.add_argument("--tokenizer", metavar="FILE")
+    other.add_argument("--mix", nargs="+", metavar="NAME=SHARE", default=[])
+    other.add_argument("--seq-len", type=int, default=4_096)
+    other.add_argument("--rows", type=int, default=8, help="rows of a batch")
+    other.add_argument("--infilling", type=float, default=0.0, help="rate")
+    other.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.step < 0:
+        parser.error(f"--step {args.step} is negative")
+    if not args.stage and not (args.corpus and args.tokenizer and args.mix):
+        parser.error("name a --stage, or --corpus, --tokenizer and --mix")
+    return args
+
+
+def from_stage(args: argparse.Namespace) -> tuple:
+    from codellama_jax import checkpoint, config
+
+    workdir = Path(args.stage).parent
+    saved = checkpoint.read_recipe(args.stage)["stage"]
+    if saved is None:
+        raise ValueError(f"{args.stage} holds imported weights: it was not trained on a corpus")
+    data = config.from_json(config.Stage, saved).data
+    return data, workdir / data.corpus, workdir / data.tokenizer
+
+
+def from_flags(args: argparse.Namespace) -> tuple:
+    from codellama_jax import config
+
+    try:
+        mix = {name: float(share) for name, share in (item.split("=") for item in args.mix)}
+    except ValueError:
+        raise ValueError(f"--mix {' '.join(args.mix)}: write NAME=SHARE for each") from None
+    data = config.Data(
+        mix=mix,
+        seq_len=args.seq_len,
+        batch_tokens=args.seq_len * args.rows,
+        infilling_rate=args.infilling,
+        seed=args.seed,
+    )
+    return data, args.corpus, args.tokenizer
+
+
+def show(data, corpus_dir, tokenizer_path, *, step: int, only: int | None, text: bool) -> None:
+    from codellama_jax.data import mix
+    from codellama_jax.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(tokenizer_path)
+    mixture = mix.open_mixture(data, corpus_dir, tokenizer)
+    if only is not None and not 0 <= only < data.rows_per_batch:
+        raise ValueError(f"--row {only}: the batch has rows 0 to {data.rows_per_batch - 1}")
+    for place in range(data.rows_per_batch) if only is None else [only]:
+        name, pieces = mixture.describe(step * data.rows_per_batch + place)
+        used = sum(len(piece.tokens) for piece in pieces)
+        padding = data.seq_len + 1 - used
+        print(f"row {place}: {name}, epoch {pieces[0].epoch}, {used} tokens, {padding} padding")
+        for piece in pieces:
+            print("   " + describe(piece))
+            if text:
+                shown = tokenizer.decode(piece.tokens, control_text=True)
+                print("".join(f"      | {line}\n" for line in shown.split("\n")), end="")
+
+
+def describe(piece) -> str:
+    """One document of a row in a line."""
+    record = piece.record
+    part = f" ({record['part']})" if record["part"] else ""
+    extent = "whole" if piece.whole else f"tokens {piece.start}-{piece.end} of {piece.length}"
+    cuts = f" middle {piece.cuts[0]}-{piece.cuts[1]}" if piece.cuts else ""
+    return (
+        f"#{piece.document} {record['source']}: {record['path']}{part}, {record['language']}, "
+        f"{record['licence']}; {extent}, {piece.mode}{cuts}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
