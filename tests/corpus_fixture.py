@@ -15,7 +15,7 @@ NUM_FILES = 40
 
 
 def write_tree(folder: Path, *, num_files: int = NUM_FILES) -> Path:
-    """Python modules with documented functions and a class, a C file, a CRLF file, an empty one, and prose."""
+    """Documented Python modules, a C file, a CRLF file, an empty file, and prose."""
     rng = random.Random(0)
     for number in range(num_files):
         path = folder / f"package{number % 4}" / f"module_{number}.py"

@@ -33,14 +33,15 @@ class Infilled:
 def infill(text: str, tokenizer, rng, *, rates: Rates, max_tokens: int) -> Infilled | None:
     """Infills `text` with probability rates.infilling; None leaves it plain.
 
-    A pure function of its arguments and of rng.random(). A result longer than max_tokens is drawn
-    again, at most 8 times; then the document stays plain.
+    A pure function of its arguments and of rng.random(). Where the result is longer than max_tokens
+    the cuts are drawn again, at most 8 times; then the document stays plain.
     """
     if rng.random() >= rates.infilling:
         return None
+    spm = rng.random() < rates.spm  # once, so that redrawing changes no share
+    cut = line_cut if rng.random() < rates.line else character_cut
     for _ in range(TRIES):
-        spm = rng.random() < rates.spm
-        start, end = line_cut(text, rng) if rng.random() < rates.line else character_cut(text, rng)
+        start, end = cut(text, rng)
         tokens = prompts.infilling_example(
             tokenizer, text[:start], text[start:end], text[end:], suffix_first=spm
         )

@@ -21,7 +21,9 @@ import numpy as np
 
 from codellama_jax.data import fitting, infilling, shuffle, tokens
 
-ROOM = 8  # tokens that an infilled document may have more than a plain one
+# Tokens that an infilled document may have more than a plain one. With the vocabularies of Code Llama
+# and of the nano recipe 5 on average; fewer than 1 in 100 draws of library code need more than 8.
+ROOM = 8
 BLOCK = 1_024  # documents whose common length is kept
 
 Row = dict[str, np.ndarray]  # tokens, loss_mask, segments, positions, each [T+1]
