@@ -43,35 +43,35 @@ SHAPES = {  # dim, layers, query heads, key/value heads, ffn
 FOUR_M, TWO_M, ONE_M = 4_194_304, 2_097_152, 1_048_576  # sec. 2.6, in whole rows
 # stage                   starts from          vocab   batch    row     steps    lr      base FIM
 PAPER = {
-    "7b": {
+"7b": {
   "code":                ("llama2_infilling",  32_016, FOUR_M,  4_096,  119_209, 3e-4,   1e4, 0.9),
   "long_context":        ("code",              32_016, TWO_M,   16_384, 3_000,   2e-5,   1e6, 0.9),
   "instruct":            ("long_context",      32_016, 524_288, 16_384, 9_537,   2e-5,   1e6, 0.9),
   "code_no_infilling":   ("llama2",            32_000, FOUR_M,  4_096,  119_209, 3e-4,   1e4, 0.0),
   "python":              ("code_no_infilling", 32_000, FOUR_M,  4_096,  23_842,  1e-4,   1e4, 0.0),
   "python_long_context": ("python",            32_000, TWO_M,   16_384, 10_000,  2e-5,   1e6, 0.0),
-    },
-    "13b": {
+},
+"13b": {
   "code":                ("llama2_infilling",  32_016, FOUR_M,  4_096,  119_209, 3e-4,   1e4, 0.9),
   "long_context":        ("code",              32_016, TWO_M,   16_384, 10_000,  2e-5,   1e6, 0.9),
   "instruct":            ("long_context",      32_016, 524_288, 16_384, 9_537,   2e-5,   1e6, 0.9),
   "code_no_infilling":   ("llama2",            32_000, FOUR_M,  4_096,  119_209, 3e-4,   1e4, 0.0),
   "python":              ("code_no_infilling", 32_000, FOUR_M,  4_096,  23_842,  1e-4,   1e4, 0.0),
   "python_long_context": ("python",            32_000, TWO_M,   16_384, 10_000,  2e-5,   1e6, 0.0),
-    },
-    "34b": {
+},
+"34b": {
   "code":                ("llama2",            32_000, FOUR_M,  4_096,  119_209, 1.5e-4, 1e4, 0.0),
   "long_context":        ("code",              32_000, ONE_M,   16_384, 11_000,  2e-5,   1e6, 0.0),
   "instruct":            ("long_context",      32_000, 524_288, 16_384, 9_537,   2e-5,   1e6, 0.0),
   "python":              ("code",              32_000, FOUR_M,  4_096,  23_842,  1e-4,   1e4, 0.0),
   "python_long_context": ("python",            32_000, ONE_M,   16_384, 11_000,  2e-5,   1e6, 0.0),
-    },
-    "70b": {
+},
+"70b": {
   "code":                ("llama2_infilling",  32_016, FOUR_M,  4_096,  238_419, 1.5e-4, 1e4, 0.9),
   "long_context":        ("code",              32_016, ONE_M,   16_384, 11_000,  2e-5,   1e6, 0.9),
   "python":              ("code",              32_016, FOUR_M,  4_096,  23_842,  1e-4,   1e4, 0.0),
   "instruct":            ("python",            32_016, 524_288, 4_096,  9_537,   2e-5,   1e4, 0.0),
-    },
+},
 }
 MIXES = {  # table 1; instruct: sec. 2.5
     "code": {"code": 0.85, "code_language": 0.08, "language": 0.07},

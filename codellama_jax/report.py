@@ -1,0 +1,322 @@
+"""report.md: what a whole run earned, from its records and evals, with pictures and in words.
+
+    write(run, folder)   report.md, report.json and three PNG files
+    show(run)            the same in short, on the terminal
+
+Held-out losses come from each stage's metrics.jsonl, where training wrote them; everything else is
+in results.Results. What was not run is said to be so.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from codellama_jax import config, metrics, plots, results
+from codellama_jax.evals.heldout import ByPosition
+from codellama_jax.evals.infilling import Middles, Problem
+
+CONTEXT_LINES = 8  # shown on each side of an infill
+GENERATED_LINES = 6
+
+
+def write(run: results.Results, folder: str | Path) -> Path:
+    """Writes the report and its pictures into `folder`; returns the path of report.md.
+
+    Each file is written under a temporary name and renamed, report.md last.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    history = read_history(run)
+    plots.losses(run.stages, history, folder / "losses.png")
+    if run.long_context:
+        plots.by_position(_curves(run.long_context), folder / "by_position.png")
+    if run.infilling:
+        plots.infilling(run.infilling.middles, folder / "infilling.png")
+    everything = dataclasses.asdict(run) | {"history": history}
+    _put(folder / "report.json", json.dumps(everything, indent=1))
+    return _put(folder / "report.md", markdown(run, history))
+
+
+def read_history(run: results.Results) -> dict[str, list[dict]]:
+    """The lines of each stage's metrics.jsonl."""
+    return {s.name: metrics.read(Path(run.workdir) / s.name) for s in run.stages}
+
+
+# -- report.md -----------------------------------------------------------------------------------
+
+
+def markdown(run: results.Results, history: dict[str, list[dict]]) -> str:
+    """The text of report.md."""
+    parts = [
+        f"# {run.title}",
+        _opening(run),
+        "## Loss of every stage",
+        "![Loss of every stage](losses.png)",
+        _table(*stage_table(run.stages, history)),
+        _note_on_stages(),
+        "## Long context",
+        *_long_context(run.long_context),
+        "## Infilling",
+        *_infilling(run),
+        "## Completion",
+        *_sample(run.completion, "The prompt"),
+        "## Chat",
+        *_sample(run.chat, "The question"),
+        "## Where things lie",
+        *_places(run),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _opening(run: results.Results) -> str:
+    model = run.stages[0].model
+    took = f" The whole run took {_duration(run.seconds)}." if run.seconds else ""
+    tokens = sum(stage.tokens for stage in run.stages)
+    return (
+        f"Made by `{run.command}`. The model has {model.num_params:,} parameters "
+        f"({model.num_layers} layers of width {model.dim}, vocabulary {model.vocab_size:,}); all "
+        f"stages together read {tokens / 1e6:,.1f} million tokens.{took}"
+    )
+
+
+def stage_table(
+    stages: Sequence[config.Stage], history: dict[str, list[dict]]
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: one row per stage and corpus, with the held-out loss before and after."""
+    header = ["stage", "starts from", "tokens", "tokens/s", "corpus", "before", "after", "change"]
+    rows = []
+    for stage in stages:
+        judged = [line["heldout"] for line in history[stage.name] if "heldout" in line]
+        speeds = [line["tokens_per_second"] for line in history[stage.name] if "loss" in line]
+        speed = sorted(speeds)[len(speeds) // 2] if speeds else None
+        first = [
+            stage.name,
+            stage.start_from or "nothing",
+            f"{stage.tokens / 1e6:,.2f} M",
+            f"{speed:,.0f}" if speed else "-",
+        ]
+        for name in judged[0] if judged else []:
+            before, after = judged[0][name], judged[-1][name]
+            losses = [name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"]
+            rows.append(first + losses)
+            first = [""] * 4
+    return header, rows
+
+
+def _note_on_stages() -> str:
+    return (
+        "Held-out loss in nats per token, on documents that no stage trains on, without infilling, "
+        "before the stage's first step and after its last. Losses compare within a corpus and a "
+        "row length, not between them. tokens/s is the median."
+    )
+
+
+def _long_context(result: results.LongContext | None) -> list[str]:
+    if result is None:
+        return ["Not run."]
+    return ["![Loss by position](by_position.png)", results.long_context_words(result)]
+
+
+def _curves(result: results.LongContext) -> dict[str, ByPosition]:
+    return {
+        f"{result.stage_before} (before)": result.before,
+        f"{result.stage_after} (after)": result.after,
+    }
+
+
+def _infilling(run: results.Results) -> list[str]:
+    infilling = run.infilling
+    if infilling is None:
+        return ["Not run."]
+    middles = infilling.middles
+    shown, how = results.examples(infilling)
+    return [
+        f"Single lines of held-out code, filled by `{infilling.stage}`: {middles.problems} lines "
+        f"of {middles.documents} documents.",
+        _infilling_words(run),
+        "![Infilling](infilling.png)",
+        _table(*match_table(infilling)),
+        _table(*bits_table(middles)),
+        _table(*gain_table(middles)),
+        f"{how} Generated in SPM, greedily.",
+        *[block for number in shown for block in _infill(infilling, number)],
+    ]
+
+
+def _infilling_words(run: results.Results) -> str:
+    name = run.infilling.stage
+    model, tokens = run.stage(name).model, run.tokens_of(name)
+    return results.infilling_words(run.infilling, model, tokens)
+
+
+def match_table(infilling: results.Infilling) -> tuple[list[str], list[list[str]]]:
+    header = ["exact match", "the line", "but for space around it", "first line of what it wrote"]
+    rows = [
+        [name, f"{match.exact:.1%}", f"{match.stripped:.1%}", f"{match.first_line:.1%}"]
+        for name, match in (("PSM", infilling.psm), ("SPM", infilling.spm))
+    ]
+    return header, rows
+
+
+def bits_table(middles: Middles) -> tuple[list[str], list[list[str]]]:
+    header = ["given", "bits per byte", "95% interval", "end of the line (EOT), nats"]
+    rows = []
+    for form, name in plots.FORMS.items():
+        bits, end = middles.bits_per_byte[form], middles.eot_nats.get(form)
+        interval = f"{bits.low:.3f} to {bits.high:.3f}"
+        rows.append([name, f"{bits.mean:.3f}", interval, "-" if end is None else f"{end:.2f}"])
+    return header, rows
+
+
+def gain_table(middles: Middles) -> tuple[list[str], list[list[str]]]:
+    header = ["the right suffix saves", "bits per byte", "95% interval"]
+    rows = [
+        [name, f"{gain.mean:+.4f}", f"{gain.low:+.4f} to {gain.high:+.4f}"]
+        for name, gain in ((label, middles.gain[key]) for key, label in plots.GAINS.items())
+    ]
+    return header, rows
+
+
+def _infill(infilling: results.Infilling, number: int) -> list[str]:
+    problem = infilling.problems[number]
+    return [f"`{problem.path}`", _fenced(infill_text(problem, infilling.spm.generated[number]))]
+
+
+def infill_text(problem: Problem, generated: str) -> str:
+    """prefix / [generated] / suffix with the true line below the generated one."""
+    before = _lines(problem.prefix)[-CONTEXT_LINES:]
+    after = _lines(problem.suffix)[:CONTEXT_LINES]
+    written = _lines(generated) or [""]
+    if len(written) > GENERATED_LINES:
+        written = [*written[:GENERATED_LINES], "..."]
+    parts = [("prefix", before), ("[generated]", written)]
+    parts += [("true line", _lines(problem.middle)), ("suffix", after)]
+    return "\n".join(
+        f"{label if first == 0 else '':<11} | {line}"
+        for label, lines in parts
+        for first, line in enumerate(lines)
+    )
+
+
+def _sample(sample: results.Sample | None, what: str) -> list[str]:
+    if sample is None:
+        return ["Not run."]
+    return [
+        f"{what}, to `{sample.stage}`:",
+        _fenced("\n".join(_lines(sample.prompt))),
+        "and what it wrote:",
+        _fenced("\n".join(_lines(sample.answer)) or "(nothing)"),
+    ]
+
+
+def _places(run: results.Results) -> list[str]:
+    checkpoints = [
+        f"- `{Path(run.workdir) / stage.name}`: checkpoints of stage `{stage.name}`"
+        for stage in run.stages
+    ]
+    exports = [f"- `{e.path}`: weights of `{e.stage}` for Hugging Face" for e in run.exports]
+    checks = [f"The export of `{e.stage}` was loaded again: {_same(e)}." for e in run.exports]
+    return ["\n".join(checkpoints + exports), *checks]
+
+
+def _same(export: results.Export) -> str:
+    if export.difference == 0:
+        return "its logits are the trained model's to the last bit"
+    return f"its logits differ from the trained model's by {export.difference:.1e} at most"
+
+
+# -- on the terminal -----------------------------------------------------------------------------
+
+
+def show(run: results.Results, path: Path | None = None) -> None:
+    """Prints the report in short. path: where the whole of it lies."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = Console(highlight=False)
+
+    def say(text: str) -> None:
+        console.print(Padding(Text(text), (0, 0, 1, 2)))
+
+    def head(text: str) -> None:
+        console.print(Text(text, style="bold"))
+
+    head("Held-out loss of every stage, nats per token")
+    console.print(_rich(*stage_table(run.stages, read_history(run))))
+    if run.long_context:
+        head("Long context")
+        say(results.long_context_words(run.long_context))
+    if run.infilling:
+        infilling = run.infilling
+        head(f"Infilling of {infilling.middles.problems} held-out lines")
+        console.print(_rich(*bits_table(infilling.middles)))
+        console.print(_rich(*gain_table(infilling.middles)))
+        say(_infilling_words(run))
+        shown, _ = results.examples(infilling, count=1)
+        say(infill_text(infilling.problems[shown[0]], infilling.spm.generated[shown[0]]))
+    for name, sample in (("Completion", run.completion), ("Chat", run.chat)):
+        if sample:
+            head(f"{name}, by {sample.stage}")
+            say("\n".join([*_lines(sample.prompt), "->", *_lines(sample.answer)]))
+    for export in run.exports:
+        say(f"Exported to {export.path}: {_same(export)}.")
+    if path:
+        console.print(Text(f"The whole report: {path}", style="bold"))
+
+
+def _rich(header: list[str], rows: list[list[str]]):
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
+    numbers = [all(_is_number(row[i]) for row in rows) for i in range(len(header))]
+    for name, right in zip(header, numbers, strict=True):
+        table.add_column(name, justify="right" if right else "left")
+    for row in rows:
+        table.add_row(*[Text(cell) for cell in row])
+    table.caption = " "
+    return table
+
+
+# -- text ----------------------------------------------------------------------------------------
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    numbers = [all(_is_number(row[i]) for row in rows) for i in range(len(header))]
+    lines = [header, ["--:" if number else "---" for number in numbers], *rows]
+    return "\n".join("| " + " | ".join(cell for cell in line) + " |" for line in lines)
+
+
+def _is_number(cell: str) -> bool:
+    return not cell or cell == "-" or cell[0] in "+-0123456789"
+
+
+def _fenced(text: str) -> str:
+    """A code block whose fence is longer than any in the text."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _lines(text: str) -> list[str]:
+    """Lines fit to print: tabs as spaces, other control characters as U+FFFD."""
+    return [
+        "".join(c if c.isprintable() else "\ufffd" for c in line.rstrip("\r").expandtabs(4))
+        for line in text.removesuffix("\n").split("\n")
+    ]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _put(path: Path, text: str) -> Path:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
