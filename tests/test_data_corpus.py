@@ -63,7 +63,7 @@ def test_preparing_again_gives_the_same_bytes_and_reuses_what_is_there(tmp_path)
     prepared, tokenizer = corpus_fixture.prepared(), corpus_fixture.tokenizer()
     request = corpus_fixture.request()
     again = corpus.prepare(tmp_path / "again", tokenizer, request)
-    assert again.manifest == prepared.manifest
+    assert again.manifest == prepared.manifest and again.fingerprint == prepared.fingerprint
     before = {path: path.stat().st_mtime_ns for path in again.folder.rglob("*")}
     corpus.prepare(tmp_path / "again", tokenizer, request)
     assert {path: path.stat().st_mtime_ns for path in again.folder.rglob("*")} == before

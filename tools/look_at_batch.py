@@ -12,6 +12,7 @@ with its control tokens shown.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -23,6 +24,8 @@ def main() -> int:
     try:
         data, corpus_dir, tokenizer_path = from_stage(args) if args.stage else from_flags(args)
         show(data, corpus_dir, tokenizer_path, step=args.step, only=args.row, text=args.text)
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -33,7 +36,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--step", type=int, required=True, help="counted from 0")
+    parser.add_argument(
+        "--step",
+        type=int,
+        required=True,
+        help="from 0: the batch that makes step K+1 of the weights of step K",
+    )
     parser.add_argument("--row", type=int, help="only this row of the batch")
     parser.add_argument("--text", action="store_true", help="show the text too")
     parser.add_argument("--stage", metavar="DIR", help="a stage's folder with a checkpoint")

@@ -12,6 +12,7 @@ go together, in every corpus, and none is ever trained on.
 
 import functools
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import os
@@ -28,6 +29,7 @@ from codellama_jax.data.gather import Gathered, Request, file_of, gather, heldou
 FORMAT = 1  # of the folder; a change makes older folders unreadable
 SHARD_BYTES = 256 * 1024**2
 SPLITS = ("train", "heldout")
+PACKAGES = ("codellama_jax", "array_record", "rensa", "sentencepiece")  # that decide its bytes
 Progress = Callable[[str, int, int], None]  # name of the corpus, documents so far, of how many
 REPORT_EVERY = 500  # documents
 
@@ -71,6 +73,11 @@ class Corpus:
     @property
     def names(self) -> list[str]:
         return list(self.manifest["corpora"])
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when any document or length does."""
+        return hashlib.sha256(json.dumps(self.manifest["files"]).encode()).hexdigest()
 
     def split(self, name: str, which: str) -> Split:
         """which: "train" or "heldout". Raises ValueError for a name that is not there."""
@@ -126,6 +133,7 @@ def prepare(
         "format": FORMAT,
         "asked": asked,
         "settings": asdict(request),
+        "versions": {name: _version(name) for name in PACKAGES},
         "corpora": corpora,
         "removed": gathered.tally.removed,
         "files": {
@@ -236,6 +244,13 @@ def _write_shard(path: Path, lines: list[bytes]) -> None:
     except RuntimeError as error:  # a full disk, for one
         raise OSError(f"{temporary} could not be written: {error}") from None
     os.replace(temporary, path)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -21,8 +21,8 @@ import numpy as np
 
 from codellama_jax.data import fitting, infilling, shuffle, tokens
 
-# Tokens that an infilled document may have more than a plain one. With the vocabularies of Code Llama
-# and of the nano recipe 5 on average; fewer than 1 in 100 draws of library code need more than 8.
+# Tokens that an infilled document may have more than a plain one: 5 on average with the vocabulary
+# of Code Llama or of the nano recipe; 1 in 100 draws of library code needs more than 8.
 ROOM = 8
 BLOCK = 1_024  # documents whose common length is kept
 
