@@ -133,6 +133,18 @@ def test_a_docstring_asks_and_its_function_answers():
     assert [record["part"] for record in found] == ["add", "Long.first"]
 
 
+def test_code_that_spells_a_tag_of_the_chat_format_makes_no_dialogue():
+    text = MODULE.replace("return a + b", "return '[INST]'")
+    assert [r["part"] for r in pieces.dialogues(document(text), max_chars=400)] == ["Long.first"]
+
+
+def test_a_long_file_of_any_shape_is_cut_quickly():
+    stairs = "".join(" " * (n % 300) + f"x{n}\n" for n in range(3_000))
+    for text in (stairs, "\n" * 5_000 + stairs, stairs[::-1], "    deep\n" * 20_000):
+        found = pieces.functions(document(text, "c"), max_chars=400)
+        assert max(len(d.text) for d in found) <= 400
+
+
 def test_answers_are_python_without_a_docstring():
     for module in (json.decoder, textwrap, inspect):
         records = pieces.dialogues(document(inspect.getsource(module)), max_chars=2_000)

@@ -1,5 +1,7 @@
 """data/sources.py: what is read, what is left out, and what is refused."""
 
+import os
+
 import corpus_fixture
 import pytest
 
@@ -63,6 +65,11 @@ def test_a_single_line_of_50_megabytes_is_not_even_read(tmp_path):
     tally = Tally()
     assert [d.path for d in read(tmp_path, tally)] == ["a.js"]
     assert tally.removed["larger than 5,000 bytes"]["bytes"] == 50 * 1024**2
+
+
+def test_a_file_name_need_not_be_utf8(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.py")).write_text("x = 1\n")
+    assert [d.path for d in read(tmp_path)] == ["caf?.py"]
 
 
 def test_three_examples_are_enough():

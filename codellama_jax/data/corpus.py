@@ -112,7 +112,10 @@ def prepare(
     Raises ValueError if the folder holds a corpus made from another request, other files or for
     another tokenizer.
     """
-    folder, request = Path(folder), request or Request()
+    folder = Path(folder)
+    request = request or (gathered.request if gathered else Request())
+    if gathered and gathered.request != request:
+        raise ValueError("the documents handed over were gathered for another request")
     asked = {"request": request.fingerprint(), "tokenizer": tokenizer.fingerprint}
     if (folder / "manifest.json").exists():
         corpus = open(folder, tokenizer)

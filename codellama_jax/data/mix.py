@@ -84,9 +84,7 @@ class Schedule:
         return number, before[number]
 
 
-def open_mixture(
-    data: config.Data, corpus_dir: str | Path, tokenizer, *, check_size: bool = True
-) -> Mixture:
+def open_mixture(data: config.Data, corpus_dir: str | Path, tokenizer) -> Mixture:
     """Opens the corpora of `data.mix`.
 
     Raises ValueError for a corpus that the folder lacks or that is smaller than its share of one
@@ -101,7 +99,7 @@ def open_mixture(
     shares = [data.mix[name] for name in names(data)]
     for one, share in zip(rows, shares, strict=True):
         needed = share * data.rows_per_batch
-        if check_size and one.rows_per_epoch < needed:
+        if one.rows_per_epoch < needed:
             raise ValueError(
                 f"corpus {one.name!r} in {corpus_dir} has {one.rows_per_epoch} rows of "
                 f"{data.seq_len} tokens, fewer than the {needed:.0f} of one batch; "
@@ -168,6 +166,8 @@ def _open_rows(
     data: config.Data, folder: corpus.Corpus, name: str, tokenizer, which: str
 ) -> Rows | DialogueRows:
     split = folder.split(name, which)
+    if len(split) == 0:
+        raise ValueError(f"corpus {name!r} in {folder.folder} has no {which} documents")
     if folder.manifest["corpora"][name]["kind"] == "dialogues":
         return DialogueRows(split, tokenizer, name=name, seed=data.seed, seq_len=data.seq_len)
     rates = infilling.Rates(data.infilling_rate, data.spm_rate, data.line_rate)

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from codellama_jax import prompts
 from codellama_jax.data.sources import Document
 
 MIN_CHARS = 80  # smaller pieces are joined with the next one
@@ -63,6 +64,8 @@ def dialogues(document: Document, *, max_chars: int) -> list[dict]:
         if definition.body is None or len(summary) < 20 or len(definition.body) > max_chars:
             continue
         question = f"Write the Python function {definition.signature}.\n{summary}"
+        if any(tag in question + definition.body for tag in prompts.TAGS):
+            continue  # code of a chat program, which chat formats cannot hold
         dialog = [
             {"role": "user", "content": question},
             {"role": "assistant", "content": definition.body},
@@ -214,13 +217,13 @@ def _cut(block: str, max_chars: int) -> list[str]:
     lines = _lines(block)
     if len(block) <= max_chars or len(lines) < 2:
         return [block]
-    best, cost, position = 1, float("inf"), 0
+    best, cost, position = len(lines) // 2, float("inf"), 0
     for number, line in enumerate(lines[:-1], 1):
         position += len(line)
         following = lines[number]
         indentation = len(following) - len(following.lstrip())
         off_centre = abs(2 * position - len(block)) / len(block)  # 0 in the middle, 1 at an end
-        price = off_centre * 12 + indentation - 8 * (not line.strip())
+        price = off_centre * 20 + min(indentation, 12) - 4 * (not line.strip())
         if price < cost and following.strip():
             best, cost = number, price
     return _cut("".join(lines[:best]), max_chars) + _cut("".join(lines[best:]), max_chars)

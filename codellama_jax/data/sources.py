@@ -167,7 +167,7 @@ def _files(root: Path, *, skipped: set[str] = frozenset()) -> Iterator[Path]:
 def _read(
     path: Path, root: Path, source: str, licence: str, limits: Limits, tally: Tally
 ) -> Document | None:
-    name = path.relative_to(root).as_posix()
+    name = path.relative_to(root).as_posix().encode(errors="replace").decode()
     try:
         size = path.stat().st_size
         if size > limits.file_bytes:
