@@ -103,13 +103,15 @@ def tokenizer_json(pieces: Sequence[Piece], trims: bool = False) -> dict:
 
 
 def merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
-    """The pairs that make each piece, best score first; of one piece, longest left half first.
+    """The pairs that make each piece, best score first; among equals, longest left part first.
 
-    SentencePiece has no list of merges: it joins whatever neighbours make the best-scored piece.
+    SentencePiece has no list of merges: it joins the neighbours that make the best-scored piece,
+    and among equals the leftmost. Only runs of spaces have equal scores. There the leftmost pair
+    is the one that goes on with the run that has grown longest.
     """
     ids = {p.text: i for i, p in enumerate(pieces) if p.kind == NORMAL}
     pairs = [
-        (-pieces[whole].score, whole, -cut, text[:cut], text[cut:])
+        (-pieces[whole].score, -cut, -len(text), text[:cut], text[cut:])
         for text, whole in ids.items()
         if text not in NEVER_FROM_TEXT
         for cut in range(1, len(text))

@@ -12,6 +12,7 @@ import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -193,6 +194,9 @@ class Writer:
             assert self.added == len(self.plan), f"{self.added} of {len(self.plan)} tensors"
             self._member("version", b"3\n")
             self.archive.close()
+        else:
+            with suppress(OSError, ValueError):  # it is thrown away; another error is on its way
+                self.archive.close()
         self.file.close()
 
     @property
