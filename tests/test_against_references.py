@@ -63,6 +63,7 @@ def test_logits_far_into_a_long_text_equal_transformers(offset):
     assert error(logits, known[f"logits_pos{offset}"]) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_text_of_4352_tokens_equals_metas_code():
     known = np.load(SHIPPED / "meta_gqa_v512/oracle.npz")
     tokens_T = known["long_tokens"]
