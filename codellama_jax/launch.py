@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from codellama_jax import config
 from codellama_jax.config import check
@@ -85,6 +87,24 @@ def show(title: str, stages: Stages) -> None:
             " ".join(f"{name} {share:.0%}" for name, share in stage.data.mix.items()),
         )
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the workdir; raises ValueError when that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies under a temporary name, then renames: a copy is whole or absent."""
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.copyfile(source, temporary)
+    temporary.replace(target)
 
 
 def start_processes() -> None:

@@ -1,0 +1,337 @@
+r"""The whole path of Code Llama on a laptop's CPU, in minutes: the paper's stages, a nano model.
+
+    code (infilling) --> long_context --> instruct
+                    \--> python --> python_long_context
+
+    python recipes/nano.py                             what `make demo` runs
+    python recipes/nano.py --code-dir ~/src/project    your own code, in any language
+    python recipes/nano.py --list                      every stage on one line
+
+The corpus is what every Python machine has: the standard library. Run again after an interruption,
+it goes on where it was. The end is WORKDIR/report.md: what the model learned, and what it did not.
+"""
+
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a clone that is not installed
+
+from codellama_jax import launch
+from codellama_jax.config import Data, Layout, Model, Optim, Stage, check
+
+SEQ_LEN = 256  # Llama 2: 4,096
+BATCH = 4_096  # tokens; the paper: 4M
+VOCAB_SIZE = 1_024  # with the four infilling pieces; Code Llama: 32,016
+CODE_MIX = {"code": 0.85, "code_language": 0.08, "language": 0.07}  # table 1
+PYTHON_MIX = {"python": 0.75, "code": 0.10, "code_language": 0.10, "language": 0.05}  # table 1
+FUNCTION_CHARS = 400  # longest document of the short stages: most fit a row whole, and are infilled
+
+
+def stages(vocab_size: int = VOCAB_SIZE) -> dict[str, Stage]:
+    """Both branches of the paper's figure 2, scaled in length only."""
+    model = Model(
+        dim=128,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        ffn_dim=384,
+        vocab_size=vocab_size,
+        rope_theta=1e4,
+        max_seq_len=SEQ_LEN,
+        norm_eps=1e-5,
+    )
+    code = Stage(
+        name="code",
+        start_from=None,  # the paper starts from Llama 2
+        model=model,
+        data=Data(
+            mix=CODE_MIX,
+            seq_len=SEQ_LEN,
+            batch_tokens=BATCH,
+            infilling_rate=0.9,  # sec. 2.3
+            line_rate=0.3,  # ours: ends of middles are learned last by a model this small
+        ),
+        optim=Optim(
+            peak_lr=4e-3,  # ours: a small model bears more than the paper's 3e-4
+            warmup_steps=30,  # sec. 2.2: 1,000
+            final_lr_ratio=1 / 30,  # sec. 2.2
+            beta1=0.9,  # sec. 2.2
+            beta2=0.95,  # sec. 2.2
+            eps=1e-5,  # Llama 2
+            weight_decay=0.1,  # Llama 2
+            clip_norm=1.0,  # Llama 2
+        ),
+        steps=600,
+        layout=layout(cores(), SEQ_LEN),
+        log_every=20,
+        eval_every=1_000_000,  # before and after the stage is enough here
+        eval_rows=64,
+        save_every=200,
+    )
+    python = replace(
+        code,
+        name="python",
+        start_from="code",
+        data=replace(code.data, mix=PYTHON_MIX, infilling_rate=0.0, line_rate=0.0),
+        optim=replace(code.optim, peak_lr=1.3e-3, warmup_steps=10),  # sec. 2.6: a third of code's
+        steps=120,
+    )
+    long_context = lengthened(code, "long_context", "code_files")
+    python_long_context = lengthened(python, "python_long_context", "python_files")
+    instruct = replace(
+        long_context,
+        name="instruct",
+        start_from="long_context",
+        layout=code.layout,
+        data=replace(
+            code.data,
+            mix={"dialogues": 0.92, "code": 0.06, "language": 0.02},  # sec. 2.5
+        ),
+        optim=replace(code.optim, peak_lr=1e-3, warmup_steps=10),  # ours
+        steps=100,
+    )
+    made = (code, python, long_context, python_long_context, instruct)
+    return {stage.name: stage for stage in made}
+
+
+def lengthened(before: Stage, name: str, files: str) -> Stage:
+    """Long context (sec. 2.4): rows of 4 times the length, whole files, RoPE base 1e4 -> 1e6."""
+    mix = dict(before.data.mix)
+    mix[files] = mix.pop(files.removesuffix("_files"))
+    return replace(
+        before,
+        name=name,
+        start_from=before.name,
+        model=replace(before.model, rope_theta=1e6, max_seq_len=4 * SEQ_LEN),
+        data=replace(before.data, mix=mix, seq_len=4 * SEQ_LEN),
+        layout=layout(cores(), 4 * SEQ_LEN),
+        optim=replace(before.optim, peak_lr=1e-3, warmup_steps=10),  # sec. 2.6: a small one
+        steps=60,
+    )
+
+
+def cores() -> int:
+    """CPU cores to train on: a power of two, 4 at most."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return 4 if usable >= 4 else 2 if usable >= 2 else 1
+
+
+def layout(num_cores: int, seq_len: int) -> Layout:
+    """A device per core with rows of its own; few at once, so that they stay in the caches."""
+    rows_at_once = max(num_cores, 1_024 // seq_len)
+    return Layout(
+        data=num_cores,
+        fsdp=1,
+        microbatches=BATCH // seq_len // rows_at_once,
+        compute_dtype="float32",  # bfloat16 is slower on CPUs
+        remat="none",
+        scan_layers=False,
+    )
+
+
+# -- the program ---------------------------------------------------------------------------------
+def main() -> None:
+    args = arguments()
+    with launch.refusals():
+        if args.list:
+            launch.show("nano", launch.changed(stages(), args.set))
+            return
+        began = time.monotonic()
+        use_cores(cores())
+        workdir = Path(args.workdir)
+        launch.make_folder(workdir)
+        tokenizer = prepare(workdir, args.code_dir, args.tokenizer)
+        plan = launch.changed(stages(tokenizer.vocab_size), args.set)
+        chosen = [launch.pick(plan, args.stage, "nano")] if args.stage else list(plan.values())
+        print(forecast(chosen), flush=True)
+        from codellama_jax import train
+
+        for stage in chosen:
+            train.train(stage, workdir)
+        if not args.stage:
+            finish(plan, workdir, tokenizer, began)
+
+
+def arguments():
+    parser = launch.parser(__doc__)
+    parser.set_defaults(workdir="runs/nano")
+    parser.add_argument(
+        "--code-dir",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="train on this tree of source files instead of Python's library; may be repeated",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="a tokenizer.model, such as Meta's, instead of our own"
+    )
+    return parser.parse_args()
+
+
+def use_cores(number: int) -> None:
+    """One JAX device per core, each computing its rows of a batch."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", number)
+    # Several steps in flight on several CPU devices can wait for each other for ever.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def prepare(workdir: Path, code_dirs: list[str], tokenizer_file: str | None):
+    """The tokenizer and the corpus of the run; made once, then found."""
+    from codellama_jax import tokenizer
+    from codellama_jax.data import corpus, gather
+
+    request = gather.Request(code_dirs=tuple(code_dirs), function_chars=FUNCTION_CHARS)
+    path, gathered = workdir / "tokenizer.model", None
+    given = tokenizer.Tokenizer(tokenizer_file) if tokenizer_file else None
+    if not (workdir / "corpus" / "manifest.json").exists():
+        print("Reading and cleaning the corpus (about 10 s)", flush=True)
+        gathered = gather.gather(request)
+        if given is None and not path.exists():
+            tokenizer.train(gather.training_texts(gathered, list(CODE_MIX)), VOCAB_SIZE, path)
+    if given is not None:
+        if path.exists():
+            check(
+                tokenizer.Tokenizer(path).fingerprint == given.fingerprint,
+                f"{workdir} was made with another tokenizer than {tokenizer_file}; "
+                "use another --workdir",
+            )
+        launch.copy_file(given.path, path)
+    made = tokenizer.Tokenizer(path)
+    if gathered is not None:
+        print("Counting its tokens and writing it (about 10 s)", flush=True)
+    prepared = corpus.prepare(workdir / "corpus", made, request, gathered=gathered)
+    counts = [
+        f"{name} {entry['train']['tokens'] / 1e6:.1f} M"
+        for name, entry in prepared.manifest["corpora"].items()
+    ]
+    print(f"Corpus of {made.vocab_size:,} pieces, in tokens: {', '.join(counts)}", flush=True)
+    return made
+
+
+def forecast(plan: list[Stage]) -> str:
+    """How long the run will take, from how fast this machine multiplies matrices now."""
+    import numpy as np
+
+    a = np.ones((1_024, 1_024), np.float32)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - began)
+    flops = 2 * 1_024**3 / min(times[1:])
+    seconds = sum(
+        stage.tokens * stage.model.flops_per_token(stage.data.seq_len) / (TRAINING_SHARE * flops)
+        + SECONDS_PER_STAGE
+        for stage in plan
+    )
+    tokens = sum(stage.tokens for stage in plan)
+    return (
+        f"{len(plan)} stages, {tokens / 1e6:.1f} million tokens: about {seconds / 60:.0f} minutes "
+        f"on {cores()} cores of {flops / 1e9:.0f} GFLOP/s, unless they are busy or it was begun"
+    )
+
+
+TRAINING_SHARE = 0.75  # of a large matrix product's speed, that training reaches: measured
+SECONDS_PER_STAGE = 25  # compiling, held-out losses, checkpoints, and a share of the judging
+
+
+def finish(plan: dict[str, Stage], workdir: Path, tokenizer, began: float) -> None:
+    """Judges the weights, exports them, and writes the report."""
+    from codellama_jax import checkpoint, generate, report, results, sharding
+    from codellama_jax.evals import heldout, infilling
+
+    corpus_dir, code = workdir / "corpus", plan["code"]
+    mesh = sharding.make_mesh(code.layout)
+    params = {name: checkpoint.restore_params(workdir / name, plan[name].model) for name in plan}
+
+    # -- long context: loss by position, before and after ----------------------------------------
+    print("Judging: loss by position", flush=True)
+    by_position = {
+        name: heldout.by_position(
+            plan[name].model,
+            params[name],
+            corpus_dir,
+            tokenizer,
+            mesh,
+            length=4 * SEQ_LEN,
+            layout=code.layout,
+            old_length=SEQ_LEN,
+        )
+        for name in ("code", "long_context")
+    }
+    long_context = results.LongContext("code", "long_context", *by_position.values())
+
+    # -- infilling: held-out lines, scored and written -------------------------------------------
+    print("Judging: infilling of held-out lines", flush=True)
+    problems = infilling.problems(
+        corpus_dir, tokenizer, count=LINES, max_tokens=SEQ_LEN - MAX_NEW_TOKENS, seed=0
+    )
+    middles = infilling.bits_per_byte(
+        code.model, params["code"], tokenizer, problems, layout=code.layout, mesh=mesh
+    )
+    llama = generate.CodeLlama(code.model, params["code"], tokenizer)
+    psm, spm = (
+        infilling.exact_match(llama, problems, suffix_first, MAX_NEW_TOKENS)
+        for suffix_first in (False, True)
+    )
+
+    # -- one completion, one answer --------------------------------------------------------------
+    completion = llama.complete(PROMPT, max_new_tokens=96, temperature=0.0)
+    answering = generate.CodeLlama(plan["instruct"].model, params["instruct"], tokenizer)
+    answer = answering.chat(
+        [{"role": "user", "content": QUESTION}], max_new_tokens=96, temperature=0.0
+    )
+
+    # -- export, and read it back ----------------------------------------------------------------
+    print("Exporting to Hugging Face format", flush=True)
+    exports = [
+        export(plan[name], params[name], workdir, tokenizer)
+        for name in ("long_context", "python_long_context", "instruct")
+    ]
+
+    run = results.Results(
+        title="A nano Code Llama",
+        command="python recipes/nano.py " + " ".join(sys.argv[1:]),
+        workdir=str(workdir),
+        stages=list(plan.values()),
+        seconds=time.monotonic() - began,
+        long_context=long_context,
+        infilling=results.Infilling("code", problems, middles, psm, spm),
+        completion=results.Sample("code", PROMPT, completion),
+        chat=results.Sample("instruct", QUESTION, answer),
+        exports=exports,
+    )
+    report.show(run, report.write(run, workdir))
+
+
+LINES = 400  # held-out lines to infill
+MAX_NEW_TOKENS = 48
+PROMPT = "def read_json(path):\n    "
+QUESTION = "Write a function `close` that closes the file."
+
+
+def export(stage: Stage, params, workdir: Path, tokenizer):
+    """Writes <workdir>/export/<stage>, loads it, and compares logits on a fixed row of tokens."""
+    import shutil
+
+    import numpy as np
+
+    from codellama_jax import convert, generate, results
+
+    folder = workdir / "export" / stage.name
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run; made anew from the checkpoint
+    convert.export_hf(params, stage.model, folder, workdir / "tokenizer.model")
+    tokens = np.arange(stage.data.seq_len)[None] % stage.model.vocab_size
+    ours = generate.CodeLlama(stage.model, params, tokenizer).logits(tokens)
+    theirs = generate.load(folder).logits(tokens)
+    return results.Export(stage.name, str(folder), float(np.abs(ours - theirs).max()))
+
+
+if __name__ == "__main__":
+    main()
