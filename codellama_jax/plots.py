@@ -15,15 +15,9 @@ from codellama_jax import config
 from codellama_jax.evals.heldout import ByPosition
 from codellama_jax.evals.infilling import Middles
 
-# Colours that the colour-blind can tell apart (Okabe and Ito).
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-)
+# Colours that the colour-blind can tell apart (Okabe and Ito), and brown.
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, BROWN = "#CC79A7", "#56B4E9", "#7A4B1E"
 INK, GREY, GRID = "#222222", "#888888", "#E4E4E4"
 STYLE = {
     "font.size": 10,
@@ -62,16 +56,16 @@ GAINS = {
 def losses(
     stages: Sequence[config.Stage], history: Mapping[str, Sequence[dict]], path: Path
 ) -> None:
-    """Training and held-out loss of every stage over its tokens, on one scale.
+    """Training and held-out loss of every stage over its tokens, each on its own scale.
 
     history: the lines of each stage's metrics.jsonl (metrics.read).
     """
     columns = min(3, len(stages))
     rows = -(-len(stages) // columns)
     names = sorted({name for stage in stages for name in stage.data.mix})
-    colours = dict(zip(names, _cycle([BLUE, ORANGE, GREEN, PURPLE, RED, SKY]), strict=False))
+    colours = dict(zip(names, _cycle([BLUE, ORANGE, GREEN, PURPLE, RED, SKY, BROWN]), strict=False))
     with _figure(path, width=3.6 * columns, height=2.9 * rows + 0.6) as figure:
-        axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
+        axes = figure.subplots(rows, columns, squeeze=False)
         for place, stage in zip(axes.flat, stages, strict=False):
             _loss_curve(place, stage, history[stage.name], colours)
         for place in axes.flat[len(stages) :]:
@@ -97,11 +91,21 @@ def _loss_curve(place, stage: config.Stage, lines: Sequence[dict], colours: dict
             if name in line.get("heldout", {})
         ]
         if found:
-            place.plot(
-                *zip(*found, strict=True), color=colours[name], marker="o", markersize=4, zorder=2
-            )
+            style = "-" if len(found) > 2 else ":"  # of before and after alone, no curve
+            points = zip(*found, strict=True)
+            place.plot(*points, style, color=colours[name], marker="o", markersize=4, zorder=2)
     place.set_title(stage.name.replace("_", " "))
-    place.set_xlabel("tokens, millions")
+    place.annotate(
+        f"starts from {stage.start_from or 'random weights'}",
+        (0.98, 0.97),
+        xycoords="axes fraction",
+        ha="right",
+        va="top",
+        color=GREY,
+        fontsize=9,
+    )
+    place.margins(y=0.15)
+    place.set_xlabel("million tokens")
     place.set_xlim(left=0)
 
 
@@ -144,28 +148,27 @@ def by_position(curves: Mapping[str, ByPosition], path: Path) -> None:
         place.set_title(
             f"Loss by position: {one.windows} rows of {one.documents} held-out files", pad=10
         )
-        place.legend(loc="lower left")
+        figure.legend(loc="outside lower center", ncols=len(curves))
 
 
 def infilling(middles: Middles, path: Path) -> None:
     """Bits per byte of held-out lines in every form, and what the suffix gains, with intervals."""
-    with _figure(path, width=10.8, height=3.4) as figure:
+    with _figure(path, width=10.8, height=3.2) as figure:
         left, right = figure.subplots(1, 2)
         bits = [middles.bits_per_byte[form].mean for form in FORMS]
         names, places = list(FORMS.values()), range(len(FORMS))
         with_suffix = [BLUE if form in ("psm", "spm") else GREY for form in FORMS]
-        left.hlines(places, 0, bits, color=GRID, linewidth=2, zorder=1)
         left.scatter(bits, places, color=with_suffix, zorder=2)
         for place, value in zip(places, bits, strict=True):
             left.annotate(
                 f"{value:.3f}", (value, place), (7, 0), textcoords="offset points", va="center"
             )
         spread = max(bits) - min(bits) + 0.02
-        left.set_xlim(min(bits) - spread, max(bits) + spread)
+        left.set_xlim(min(bits) - spread / 4, max(bits) + spread / 2)
         left.set_yticks(places, names)
         left.invert_yaxis()
-        left.set_xlabel("bits per byte of the line (less is better)")
-        left.set_title("The missing line, given")
+        left.set_xlabel("bits per byte (less is better)")
+        left.set_title(f"The missing line ({middles.problems} of them)")
         _gains(right, middles)
 
 
@@ -178,8 +181,8 @@ def _gains(place, middles: Middles) -> None:
     place.axvline(0, color=INK, linewidth=1)
     place.set_yticks(range(len(GAINS)), list(GAINS.values()))
     place.invert_yaxis()
-    place.set_xlabel("bits per byte saved by the right suffix, 95% interval")
-    place.set_title(f"What the suffix gains ({middles.problems} lines, paired)")
+    place.set_xlabel("bits per byte saved, 95% interval")
+    place.set_title("What the right suffix saves")
 
 
 def _cycle(colours: Sequence[str]) -> Iterator[str]:

@@ -258,6 +258,7 @@ def test_packing_keeps_every_thing_once_and_within_capacity(lengths):
 
 def test_losses_do_not_depend_on_the_mesh_or_the_batch(model, monkeypatch):
     params = jax.tree.map(lambda w: 5 * w, state.init_params(model, 0))
+    params = jax.device_put(params, jax.devices()[0])  # as a checkpoint is read for one device
     rng = np.random.default_rng(0)
     ids = [rng.integers(3, model.vocab_size, 100).tolist() for _ in range(5)]
     packed = [data_rows.pack([i[:60], i[60:]], capacity=129) for i in ids]

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from codellama_jax import config, sharding, state, step
@@ -24,20 +25,24 @@ def losses(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns nll_RT (nats, 0 where masked) and mask_RT of rows [R, T+1], on every host.
 
-    rows: tokens, loss_mask, segments, positions, the same on every host. `isolated` documents do
-    not see each other. Compiled once for a model, layout, mesh and shape of rows.
+    params: stacked over layers, on the host, on one device or on the mesh. rows: tokens,
+    loss_mask, segments, positions, the same on every host. `isolated` documents do not see each
+    other. Compiled once for a model, layout, mesh and shape of rows.
     """
     num_rows, length = rows["tokens"].shape
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     per_device = min(-(-num_rows // ways), max(1, TOKENS_PER_DEVICE // (length - 1)))
     batch = ways * per_device
     score = _compiled(model, layout, isolated, mesh)
+    params = jax.device_put(params, state.param_shardings(model, mesh))  # a view if they lie there
     parts = []
     with jax.set_mesh(mesh):
         for first in range(0, num_rows, batch):
             part = {key: _filled(x[first : first + batch], batch) for key, x in rows.items()}
-            parts.append(score(params, {key: _placed(x, mesh) for key, x in part.items()}))
-    nll, mask = zip(*jax.device_get(parts), strict=True)
+            scored = score(params, {key: _placed(x, mesh) for key, x in part.items()})
+            # Read before the next goes out: on CPUs, several in flight can wait for each other.
+            parts.append(multihost_utils.process_allgather(scored, tiled=True))
+    nll, mask = zip(*parts, strict=True)
     return np.concatenate(nll)[:num_rows], np.concatenate(mask)[:num_rows]
 
 
@@ -49,7 +54,7 @@ def _compiled(model: config.Model, layout: config.Layout, isolated: bool, mesh: 
         llama = state.bind(model, params)
         return step.token_losses(llama, batch, compute, layout.loss_chunk, isolated)
 
-    return jax.jit(score, out_shardings=sharding.replicated(mesh))
+    return jax.jit(score, out_shardings=sharding.batch_sharding(mesh))
 
 
 def _filled(x: np.ndarray, num_rows: int) -> np.ndarray:
