@@ -57,13 +57,13 @@ def markdown(run: results.Results, history: dict[str, list[dict]]) -> str:
         _table(*stage_table(run.stages, history)),
         _note_on_stages(),
         "## Long context",
-        *_long_context(run.long_context),
+        *(_long_context(run.long_context) if run.long_context else _not_run(run, "long_context")),
         "## Infilling",
-        *_infilling(run),
+        *(_infilling(run) if run.infilling else _not_run(run, "infilling")),
         "## Completion",
-        *_sample(run.completion, "The prompt"),
+        *(_sample(run.completion, "prompt") if run.completion else _not_run(run, "completion")),
         "## Chat",
-        *_sample(run.chat, "The question"),
+        *(_sample(run.chat, "question") if run.chat else _not_run(run, "chat")),
         "## Where things lie",
         *_places(run),
     ]
@@ -113,9 +113,7 @@ def _note_on_stages() -> str:
     )
 
 
-def _long_context(result: results.LongContext | None) -> list[str]:
-    if result is None:
-        return ["Not run."]
+def _long_context(result: results.LongContext) -> list[str]:
     return ["![Loss by position](by_position.png)", results.long_context_words(result)]
 
 
@@ -127,10 +125,7 @@ def _curves(result: results.LongContext) -> dict[str, ByPosition]:
 
 
 def _infilling(run: results.Results) -> list[str]:
-    infilling = run.infilling
-    if infilling is None:
-        return ["Not run."]
-    middles = infilling.middles
+    infilling, middles = run.infilling, run.infilling.middles
     shown, how = results.examples(infilling)
     return [
         f"Single lines of held-out code, filled by `{infilling.stage}`: {middles.problems} lines "
@@ -200,15 +195,17 @@ def infill_text(problem: Problem, generated: str) -> str:
     )
 
 
-def _sample(sample: results.Sample | None, what: str) -> list[str]:
-    if sample is None:
-        return ["Not run."]
+def _sample(sample: results.Sample, what: str) -> list[str]:
     return [
-        f"{what}, to `{sample.stage}`:",
+        f"The {what}, to `{sample.stage}`:",
         _fenced("\n".join(_lines(sample.prompt))),
         "and what it wrote:",
         _fenced("\n".join(_lines(sample.answer)) or "(nothing)"),
     ]
+
+
+def _not_run(run: results.Results, what: str) -> list[str]:
+    return [f"Not run: {run.skipped[what]}." if what in run.skipped else "Not run."]
 
 
 def _places(run: results.Results) -> list[str]:

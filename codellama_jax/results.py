@@ -52,7 +52,7 @@ class Export:
 
 @dataclass(frozen=True)
 class Results:
-    """All that a report says. What was not run is None or empty, and the report says so."""
+    """All that a report says. What was not run is None or empty; `skipped` may say why."""
 
     title: str
     command: str  # that made this
@@ -64,6 +64,7 @@ class Results:
     completion: Sample | None = None
     chat: Sample | None = None
     exports: list[Export] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)  # name of a field above: the reason
 
     def stage(self, name: str) -> config.Stage:
         return next(stage for stage in self.stages if stage.name == name)

@@ -102,8 +102,10 @@ def test_a_run_of_training_alone_is_reported_and_says_what_was_not_run(run, tmp_
     bare = replace(
         run, long_context=None, infilling=None, completion=None, chat=None, exports=[], seconds=None
     )
+    bare = replace(bare, skipped={"long_context": "no held-out document is long enough"})
     path = report.write(bare, tmp_path / "out")
-    assert path.read_text().count("Not run.") == 4
+    assert path.read_text().count("Not run.") == 3
+    assert "Not run: no held-out document is long enough." in path.read_text()
     assert not (path.parent / "infilling.png").exists()
 
 
