@@ -8,6 +8,7 @@ kept between steps: the state of the reader is the step, on any number of hosts 
 reads ahead, in threads or processes.
 """
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -21,6 +22,9 @@ from codellama_jax.data.dialogue import DialogueRows
 from codellama_jax.data.rows import Piece, Row, Rows
 
 READ_AHEAD = 4  # batches
+_OPENING = (
+    threading.Lock()
+)  # numpy parses headers with ast, which Python 3.11 may not do in threads
 
 
 def names(data: config.Data) -> list[str]:
@@ -129,8 +133,8 @@ def batches(
             f"a batch of {data.rows_per_batch} rows does not divide among {process_count} "
             "processes; change batch_tokens"
         )
-    open_mixture(data, corpus_dir, tokenizer)  # so that errors come here, not in a worker
-    source = _HostRows(data, str(corpus_dir), tokenizer, steps, process_index, process_count)
+    mixture = open_mixture(data, corpus_dir, tokenizer)  # errors come here, not in a worker
+    source = _HostRows(mixture, str(corpus_dir), tokenizer, steps, process_index, process_count)
     dataset = grain.MapDataset.source(source).batch(data.rows_per_batch // process_count)
     reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=READ_AHEAD)
     dataset = dataset[start_step:].to_iter_dataset(reading)
@@ -175,31 +179,35 @@ def _open_rows(
 
 
 class _HostRows:
-    """The rows that one process reads, in order, for Grain; opened anew in each worker."""
+    """The rows that one process reads, in order, for Grain. A worker opens the mixture anew."""
 
     def __init__(
         self,
-        data: config.Data,
+        mixture: Mixture,
         corpus_dir: str,
         tokenizer,
         steps: int,
         process_index: int,
         process_count: int,
     ):
-        self.data, self.corpus_dir, self.tokenizer = data, corpus_dir, tokenizer
-        self.per_process = data.rows_per_batch // process_count
+        self.data, self.corpus_dir, self.tokenizer = mixture.data, corpus_dir, tokenizer
+        self.per_process = self.data.rows_per_batch // process_count
         self.steps, self.process_index = steps, process_index
-        self._mixture: Mixture | None = None
+        self._mixture: Mixture | None = mixture
 
     def __len__(self) -> int:
         return self.steps * self.per_process
 
     def __getitem__(self, index: int) -> Row:
-        if self._mixture is None:
-            self._mixture = open_mixture(self.data, self.corpus_dir, self.tokenizer)
         step, place = divmod(int(index), self.per_process)
         first = step * self.data.rows_per_batch + self.process_index * self.per_process
-        return self._mixture.row(first + place)
+        return self._open().row(first + place)
+
+    def _open(self) -> Mixture:
+        with _OPENING:
+            if self._mixture is None:
+                self._mixture = open_mixture(self.data, self.corpus_dir, self.tokenizer)
+            return self._mixture
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_mixture": None}
