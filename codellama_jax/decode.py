@@ -50,12 +50,10 @@ class Rows(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """How the next token is drawn. Row b draws from (seeds_B[b], numbers_B[b], step) alone."""
+    """How the next tokens are drawn."""
 
     temperature: np.float32  # 0: the most likely token
     top_p: np.float32  # mass of the nucleus
-    seeds_B: np.ndarray  # uint32
-    numbers_B: np.ndarray  # uint32: tells apart the rows of one seed
     stop_ids: np.ndarray  # int32[MAX_STOP_IDS], filled up with -1
 
 
@@ -108,6 +106,7 @@ def decode(
     params: state.Params,
     rows: Rows,
     draw: Draw,
+    points_BC: jax.Array,
     done_B: jax.Array,
     steps: int,
     *,
@@ -116,9 +115,9 @@ def decode(
 ) -> tuple[Rows, jax.Array, jax.Array]:
     """Adds up to `steps` <= DECODE_CHUNK tokens to every row; ends early when all rows are done.
 
-    done_B: rows that need no more. prompt_room: the T of prefill. Returns (rows, tokens_BC,
-    log_probs_BC) with the log-probabilities under the logits as they are, before temperature and
-    nucleus. Of a row that was done or has met a stop id, what follows is of no use.
+    points_BC: float32 in 0..1, where each draw falls. done_B: rows that need no more. prompt_room:
+    the T of prefill. Returns (rows, tokens_BC, log_probs_BC), the log-probabilities before
+    temperature and nucleus. What a row says after a stop id, or once it is done, is of no use.
     """
     llama = state.bind(model, params)
     B, S = rows.lengths_B.shape[0], rows.caches[0].k_BKSH.shape[2]
@@ -130,7 +129,7 @@ def decode(
 
     def step(carry):
         i, rows, done_B, tokens_BC, log_probs_BC = carry
-        token_B = sample(rows.logits_BV, draw, rows.step)
+        token_B = sample(rows.logits_BV, draw, points_BC[:, i])
         token_B1 = token_B[:, None]
         log_probs_BV = jax.nn.log_softmax(rows.logits_BV, axis=-1)
         log_prob_B1 = jnp.take_along_axis(log_probs_BV, token_B1, axis=1)
@@ -149,6 +148,7 @@ def decode(
             jax.lax.dynamic_update_slice(log_probs_BC, log_prob_B1, (0, i)),
         )
 
+    points_BC = jnp.asarray(points_BC)
     tokens_BC = jnp.zeros((B, DECODE_CHUNK), jnp.int32)
     log_probs_BC = jnp.zeros((B, DECODE_CHUNK), jnp.float32)
     start = (jnp.int32(0), rows, jnp.asarray(done_B), tokens_BC, log_probs_BC)
@@ -181,16 +181,18 @@ def logits(params: state.Params, tokens_BT: jax.Array, *, model: config.Model) -
 
 
 # -- sampling ----------------------------------------------------------------------------------
-def sample(logits_BV: jax.Array, draw: Draw, step: jax.Array) -> jax.Array:
-    """The next token of each row, int32[B]."""
+def sample(logits_BV: jax.Array, draw: Draw, point_B: jax.Array) -> jax.Array:
+    """The next token of each row, int32[B]: the one whose share of 0..1 holds point_B < 1.
+
+    The shares lie in the order of the ids, not of their size, so that rounding in another batch
+    cannot swap two of like size.
+    """
 
     def by_chance():
-        probs_BV = jax.nn.softmax(logits_BV / draw.temperature, axis=-1)
-        kept_BV, order_BV = nucleus(probs_BV, draw.top_p)
-        point_B = jax.vmap(_uniform, (0, 0, None))(draw.seeds_B, draw.numbers_B, step)
-        mass_BV = jnp.cumsum(kept_BV, axis=-1)
-        rank_B1 = (mass_BV <= point_B[:, None] * mass_BV[:, -1:]).sum(axis=-1, keepdims=True)
-        return jnp.take_along_axis(order_BV, rank_B1, axis=1)[:, 0].astype(jnp.int32)
+        kept_BV = nucleus(jax.nn.softmax(logits_BV / draw.temperature, axis=-1), draw.top_p)
+        end_BV = jnp.where(kept_BV > 0, jnp.cumsum(kept_BV, axis=-1), 0.0)
+        point_B1 = point_B[:, None] * end_BV.max(axis=-1, keepdims=True)
+        return jnp.argmax(end_BV > point_B1, axis=-1).astype(jnp.int32)
 
     def likeliest():
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
@@ -198,22 +200,21 @@ def sample(logits_BV: jax.Array, draw: Draw, step: jax.Array) -> jax.Array:
     return jax.lax.cond(draw.temperature > 0, by_chance, likeliest)
 
 
-def nucleus(probs_BV: jax.Array, top_p: float) -> tuple[jax.Array, jax.Array]:
-    """(kept_BV, order_BV): what is left of the probabilities, largest first, and whose they are.
+def nucleus(probs_BV: jax.Array, top_p: float) -> jax.Array:
+    """Probabilities without the tail beyond `top_p`, in sum 1.
 
-    A token falls out when the tokens before it have more than `top_p` together, so the one that
-    crosses top_p stays, and top_p = 0 keeps the first alone.
+    A token falls out when the tokens before it (the likelier ones; of equal ones those of lower id)
+    have more than top_p together. So the token that crosses top_p stays, and top_p = 0 keeps one.
     """
-    order_BV = jnp.argsort(probs_BV, axis=-1, descending=True)
-    sorted_BV = jnp.take_along_axis(probs_BV, order_BV, axis=-1)
+    sorted_BV = jnp.sort(probs_BV, axis=-1, descending=True)
     before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
-    kept_BV = jnp.where(before_BV > top_p, 0.0, sorted_BV)
-    return kept_BV / kept_BV.sum(axis=-1, keepdims=True), order_BV
-
-
-def _uniform(seed, number, step):
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), step)
-    return jax.random.uniform(key)
+    count_B1 = (before_BV <= top_p).sum(axis=-1, keepdims=True)
+    least_B1 = jnp.take_along_axis(sorted_BV, count_B1 - 1, axis=-1)
+    above_BV, equal_BV = probs_BV > least_B1, probs_BV == least_B1
+    room_B1 = count_B1 - above_BV.sum(axis=-1, keepdims=True)
+    kept_BV = above_BV | (equal_BV & (jnp.cumsum(equal_BV, axis=-1) <= room_B1))
+    kept_BV = jnp.where(kept_BV, probs_BV, 0.0)
+    return kept_BV / kept_BV.sum(axis=-1, keepdims=True)
 
 
 # -- forward with a cache ----------------------------------------------------------------------

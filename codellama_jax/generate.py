@@ -206,13 +206,20 @@ class CodeLlama:
     ) -> None:
         """Extends each row until it is done or has max_new_tokens more.
 
-        Goes by batches of like length, the longest first, so that too large a batch fails at once.
+        Goes by batches of like length, the longest first, so that one too large fails at once. A
+        batch that would fit a quarter of the shape before it gets its own; others are padded to it,
+        which costs less than to compile.
         """
         check(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
         self._prepare(rows, sampling)
         by_length = sorted(rows, key=lambda row: len(row.prompt), reverse=True)
+        shape = (math.inf, math.inf)
         for start in range(0, len(rows), batch_size):
-            for _ in self._decode(by_length[start : start + batch_size], sampling, stop_ids):
+            batch = by_length[start : start + batch_size]
+            own = self._shape(batch)
+            if any(4 * needed <= size for needed, size in zip(own, shape, strict=True)):
+                shape = own
+            for _ in self._decode(batch, sampling, stop_ids, shape):
                 pass
 
     def _answer(self, rows, sampling, stop_ids, single, stream, batch_size):
@@ -225,7 +232,7 @@ class CodeLlama:
 
     def _stream(self, row: Request, sampling: Sampling, stop_ids) -> Iterator[str]:
         sent = 0
-        for _ in self._decode([row], sampling, stop_ids, PIECE_SECONDS):
+        for _ in self._decode([row], sampling, stop_ids, self._shape([row]), PIECE_SECONDS):
             if piece := row.settled()[sent:]:
                 sent += len(piece)
                 yield piece
@@ -234,8 +241,8 @@ class CodeLlama:
 
     def _prepare(self, rows: Sequence[Request], sampling: Sampling) -> None:
         """Checks the prompts and gives each row its random numbers."""
-        for row, draw in zip(rows, sampling.draws(len(rows)), strict=True):
-            row.draw = draw
+        for row, random in zip(rows, sampling.generators(len(rows)), strict=True):
+            row.random = random
             self._check_ids(row.prompt)
             length, new, limit = len(row.prompt), sampling.max_new_tokens, self.model.max_seq_len
             check(length > 0, "a prompt has no ids; start it with BOS")
@@ -248,33 +255,36 @@ class CodeLlama:
 
     def _decode(
         self,
-        rows: list[Request],
+        rows: Sequence[Request],
         sampling: Sampling,
         stop_ids: Sequence[int],
+        shape: tuple[int, int],
         seconds: float = math.inf,
     ) -> Iterator[None]:
-        """Extends the rows of one batch, and yields after each chunk, every `seconds` or so."""
-        B, T = self._batch_bucket(len(rows)), decode.bucket(max(len(r.prompt) for r in rows))
+        """Extends the rows of one batch; yields after each chunk, every `seconds` or so."""
+        B, T = shape
         tokens_BT, lengths_B = np.zeros((B, T), np.int32), np.ones(B, np.int32)
         for b, row in enumerate(rows):
             lengths_B[b] = len(row.prompt)
             tokens_BT[b, : lengths_B[b]] = row.prompt
-        draw, left = _draw(rows, sampling, stop_ids, B), sampling.max_new_tokens
-        step = functools.partial(decode.decode, self.params, model=self.model, prompt_room=T)
+        room, left = decode.bucket(sampling.max_new_tokens), sampling.max_new_tokens
+        draw = _draw(sampling, stop_ids)
+        extend = functools.partial(decode.decode, self.params, model=self.model, prompt_room=T)
         with self._on_mesh():
-            kept = decode.prefill(
-                self.params, tokens_BT, lengths_B, model=self.model, room=decode.bucket(left)
-            )
+            kept = decode.prefill(self.params, tokens_BT, lengths_B, model=self.model, room=room)
         chunk = decode.DECODE_CHUNK if seconds == math.inf else 1
         while left and not all(row.done for row in rows):
             started = time.perf_counter()
             allowed_BV = self._allowed(rows, B)
             count = min(left, chunk) if allowed_BV is None else 1
-            done_B = np.array([row.done for row in rows] + [True] * (B - len(rows)))
+            points_BC, done_B = np.zeros((B, decode.DECODE_CHUNK), np.float32), np.ones(B, bool)
+            for b, row in enumerate(rows):
+                points_BC[b, :count] = row.random.random(count, np.float32)
+                done_B[b] = row.done
             with self._on_mesh():
                 if allowed_BV is not None:
                     kept = decode.allow(kept, allowed_BV)
-                kept, *out = step(kept, draw, done_B, count)
+                kept, *out = extend(kept, draw, points_BC, done_B, count)
             tokens_BC, log_probs_BC = jax.device_get(out)
             for b, row in enumerate(rows):
                 row.extend(tokens_BC[b, :count], log_probs_BC[b, :count], stop_ids)
@@ -283,7 +293,7 @@ class CodeLlama:
                 chunk = min(2 * chunk, decode.DECODE_CHUNK)
             yield
 
-    def _allowed(self, rows: list[Request], batch: int) -> np.ndarray | None:
+    def _allowed(self, rows: Sequence[Request], batch: int) -> np.ndarray | None:
         """bool[B, V]: what may come next while a row still spells what healing took, else None."""
         allowed_BV = None
         for b, row in enumerate(rows):
@@ -301,6 +311,10 @@ class CodeLlama:
         return functools.lru_cache(256)(self.tokenizer.allowed_while_spelling)
 
     # -- the machine and its limits --------------------------------------------------------------
+    def _shape(self, rows: Sequence[Request]) -> tuple[int, int]:
+        """The [B, T] that these rows are padded to."""
+        return self._batch_bucket(len(rows)), decode.bucket(max(len(row.prompt) for row in rows))
+
     def _batch_bucket(self, num_rows: int) -> int:
         """A power of two, or a multiple of the ways the mesh splits a batch."""
         sizes = dict(self.mesh.shape) if self.mesh else {}
@@ -325,17 +339,15 @@ class CodeLlama:
         return self.tokenizer
 
 
-def _draw(rows: list[Request], sampling: Sampling, stop_ids, batch: int) -> decode.Draw:
+def _draw(sampling: Sampling, stop_ids: Sequence[int]) -> decode.Draw:
     check(
         len(stop_ids) <= decode.MAX_STOP_IDS,
         f"{len(stop_ids)} stop ids are more than {decode.MAX_STOP_IDS}",
     )
-    seeds_B, numbers_B = np.zeros((2, batch), np.uint32)
-    seeds_B[: len(rows)], numbers_B[: len(rows)] = zip(*(row.draw for row in rows), strict=True)
     top_p = DEFAULT_TOP_P if sampling.top_p is None else sampling.top_p
     ids = np.full(decode.MAX_STOP_IDS, -1, np.int32)
     ids[: len(stop_ids)] = stop_ids
-    return decode.Draw(np.float32(sampling.temperature), np.float32(top_p), seeds_B, numbers_B, ids)
+    return decode.Draw(np.float32(sampling.temperature), np.float32(top_p), ids)
 
 
 def _listed(text: str | Sequence[str]) -> list[str]:

@@ -43,19 +43,19 @@ class Sampling:
                 f"the likeliest token; leave {name} out or raise the temperature",
             )
 
-    def draws(self, num_rows: int) -> list[tuple[int, int]]:
-        """(seed, number) of each row: what its random numbers come from."""
+    def generators(self, num_rows: int) -> list[np.random.Generator]:
+        """Where each row gets its random numbers."""
         if self.seed is None or isinstance(self.seed, int | np.integer):
-            pairs = [(int(self.seed or 0), row) for row in range(num_rows)]
+            sources = [(self.seed or 0, row) for row in range(num_rows)]
         else:
             check(
                 len(self.seed) == num_rows,
                 f"there are {len(self.seed)} seeds for {num_rows} prompts; give one each, or one",
             )
-            pairs = [(int(seed), 0) for seed in self.seed]
-        for seed, _ in pairs:
-            check(0 <= seed < 2**32, f"seed={seed} must be in 0..{2**32 - 1}")
-        return pairs
+            sources = [(seed, 0) for seed in self.seed]
+        for seed, _ in sources:
+            check(seed >= 0, f"seed={seed} must not be negative")
+        return [np.random.default_rng(source) for source in sources]
 
 
 @dataclasses.dataclass
@@ -66,7 +66,7 @@ class Request:
     text_of: Callable[[list[int]], str] | None = None  # ids after the prompt to text
     spelled: str = ""  # text to write first: what token healing took from the prompt
     stop: tuple[str, ...] = ()  # texts that end it
-    draw: tuple[int, int] = (0, 0)
+    random: np.random.Generator | None = None
     tokens: list[int] = dataclasses.field(default_factory=list)
     log_probs: list[float] = dataclasses.field(default_factory=list)
     done: bool = False
