@@ -42,6 +42,11 @@ class Model:
     tied_embeddings: bool = False  # the output projection is the embedding (not in Llama 2)
 
     def __post_init__(self):
+        for name in (
+            "dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size",
+            "max_seq_len", "norm_eps",
+        ):  # fmt: skip
+            check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
         check(
             self.dim % (2 * self.num_heads) == 0,
             f"dim={self.dim} is not an even multiple of num_heads={self.num_heads} (RoPE)",
@@ -51,8 +56,6 @@ class Model:
             f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
         )
         check(self.rope_theta > 1, f"rope_theta={self.rope_theta} must be larger than 1")
-        for name in ("dim", "num_layers", "ffn_dim", "vocab_size", "max_seq_len"):
-            check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
 
     @property
     def head_dim(self) -> int:
@@ -136,12 +139,15 @@ class Optim:
     clip_norm: float  # largest global gradient norm
 
     def __post_init__(self):
-        check(self.peak_lr > 0, f"peak_lr={self.peak_lr} must be positive")
-        check(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must not be negative")
+        for name in ("peak_lr", "eps", "clip_norm"):
+            check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        for name in ("warmup_steps", "weight_decay"):
+            check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        for name in ("beta1", "beta2"):
+            check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be in [0, 1)")
         check(
             0 <= self.final_lr_ratio <= 1, f"final_lr_ratio={self.final_lr_ratio} must be in 0..1"
         )
-        check(self.clip_norm > 0, f"clip_norm={self.clip_norm} must be positive")
 
 
 @dataclass(frozen=True)
@@ -194,6 +200,7 @@ class Stage:
     profile_from: int = -1  # first of 3 steps to profile; -1: none
 
     def __post_init__(self):
+        check(bool(self.name), "name='' is no folder: name the stage")
         check(
             self.data.seq_len <= self.model.max_seq_len,
             f"seq_len={self.data.seq_len} is longer than the model's "
@@ -256,12 +263,14 @@ def _parse(kind: Any, path: str, text: str) -> Any:
             parsed = json.loads(text)
             if not isinstance(parsed, dict):
                 raise ValueError
-            return parsed
+            return {name: float(share) for name, share in parsed.items()}
         if type(None) in get_args(kind) and text.lower() == "none":
             return None
         return text
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         wanted = getattr(kind, "__name__", str(kind))
+        if get_origin(kind) is dict:
+            wanted = 'JSON object of numbers, such as {"code": 1}'
         raise ValueError(f"{path}={text!r} is not a {wanted}") from None
 
 
