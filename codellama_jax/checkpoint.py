@@ -2,7 +2,7 @@
 
 <workdir>/<stage>/<step>/params      weights, float32, Meta's names, layers stacked
                         /opt_state   Adam's moments (absent in imported weights)
-                        /recipe      JSON: model, stage, tokenizer fingerprint, versions
+                        /recipe      JSON: model, stage, fingerprints of the data, versions
 <workdir>/<stage>/tokenizer.model    the tokenizer the weights speak
 """
 
@@ -151,12 +151,13 @@ def load(
     )
 
 
-def describe(stage: config.Stage, fingerprint: str) -> dict:
-    """The recipe JSON written beside the weights of `stage`."""
+def describe(stage: config.Stage, fingerprint: str, corpus_fingerprint: str | None = None) -> dict:
+    """The recipe JSON written beside the weights of `stage`; `fingerprint` is the tokenizer's."""
     return {
         "model": config.to_json(stage.model),
         "stage": config.to_json(stage),
         "tokenizer_fingerprint": fingerprint,
+        "corpus_fingerprint": corpus_fingerprint,
         "code_version": _version("codellama_jax"),
         "versions": {name: _version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
     }
@@ -176,7 +177,13 @@ FREE = {  # fields that change speed or cadence but no number that is trained
 }  # fmt: skip
 
 
-def check_same_stage(saved: dict, stage: config.Stage, fingerprint: str, folder: Any) -> None:
+def check_same_stage(
+    saved: dict,
+    stage: config.Stage,
+    fingerprint: str,
+    folder: Any,
+    corpus_fingerprint: str | None = None,
+) -> None:
     """Raises ValueError when `folder` was made by another recipe, naming each difference."""
     old, new = _flat(saved["stage"] or {}), _flat(config.to_json(stage))
     differences = [
@@ -190,6 +197,13 @@ def check_same_stage(saved: dict, stage: config.Stage, fingerprint: str, folder:
         not differences,
         f"{folder} was made by another recipe: {'; '.join(differences)}. "
         "Set it back, or use another --workdir",
+    )
+    known = saved.get("corpus_fingerprint")
+    check(
+        None in (known, corpus_fingerprint) or known == corpus_fingerprint,
+        f"{folder} was trained on another corpus (fingerprint {str(known)[:12]}, the one now at "
+        f"{stage.data.corpus!r} is {str(corpus_fingerprint)[:12]}); put that one back, or use "
+        "another --workdir",
     )
     check_tokenizer(saved, fingerprint, folder)
 

@@ -121,13 +121,13 @@ def start_processes() -> None:
 
 
 class refusals:
-    """Turns a ValueError about the user's settings into one sentence and exit status 2."""
+    """Turns what a user or a machine did wrong into one sentence and exit status 2."""
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind, error, _) -> None:
-        if kind is not None and issubclass(kind, ValueError | FloatingPointError):
+        if kind is not None and issubclass(kind, ValueError | FloatingPointError | OSError):
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
 

@@ -7,7 +7,7 @@ from etils import epath
 
 from codellama_jax import checkpoint, config, optim, sharding, state, step
 from codellama_jax.config import check
-from codellama_jax.data import mix
+from codellama_jax.data import corpus, mix
 from codellama_jax.evals import heldout
 from codellama_jax.metrics import Record
 from codellama_jax.tokenizer import Tokenizer
@@ -31,11 +31,13 @@ def train(stage: config.Stage, workdir: epath.PathLike) -> state.Params:
 
     with checkpoint.Checkpoints(folder, stage.keep_checkpoints) as checkpoints:
         # -- state ---------------------------------------------------------------------------
-        train_state = first_state(stage, workdir, mesh, checkpoints, tokenizer.fingerprint)
+        recipe = checkpoint.describe(
+            stage, tokenizer.fingerprint, corpus.open(corpus_dir, tokenizer).fingerprint
+        )
+        train_state = first_state(stage, workdir, mesh, checkpoints, recipe)
         start = int(train_state.step)
         if start == stage.steps:
             return train_state.params
-        recipe = checkpoint.describe(stage, tokenizer.fingerprint)
 
         # -- data ----------------------------------------------------------------------------
         batches = mix.batches(
@@ -78,7 +80,7 @@ def first_state(
     workdir: epath.Path,
     mesh: jax.sharding.Mesh,
     checkpoints: checkpoint.Checkpoints,
-    fingerprint: str,
+    recipe: dict,
 ) -> state.TrainState:
     """The state to go on from. Looked for in this order; the order matters:
 
@@ -87,9 +89,12 @@ def first_state(
     3. random weights, if stage.start_from is None.
     """
     tx = optim.adamw(stage.optim, stage.steps)
+    fingerprint = recipe["tokenizer_fingerprint"]
     if checkpoints.latest() is not None:
         saved = checkpoint.read_recipe(checkpoints.folder)
-        checkpoint.check_same_stage(saved, stage, fingerprint, checkpoints.folder)
+        checkpoint.check_same_stage(
+            saved, stage, fingerprint, checkpoints.folder, recipe["corpus_fingerprint"]
+        )
         return checkpoints.restore(state.abstract_state(stage.model, tx, mesh))
     if stage.start_from is not None:
         parent = workdir / stage.start_from
