@@ -1,8 +1,13 @@
 """Evals on models whose answers are known: zero weights, mocked losses, a generator that copies."""
 
+import bisect
+import contextlib
+import heapq
 import inspect
 import json
+import keyword
 import math
+import statistics
 import textwrap
 from dataclasses import replace
 
@@ -20,6 +25,8 @@ from codellama_jax.data.sources import Document
 from codellama_jax.evals import bootstrap, heldout, infilling, scoring
 
 LAYOUT = config.Layout(compute_dtype="float32", remat="none")
+# Files of one chunk (4,096 characters) and of many.
+MODULES = (textwrap, inspect, statistics, bootstrap, scoring, keyword, bisect, heapq, contextlib)
 FUNCTION = '''def area_{i}(width, height):
     """Area of rectangle {i}.
 
@@ -37,7 +44,7 @@ FUNCTION = '''def area_{i}(width, height):
 def prepared(tmp_path_factory):
     """(tokenizer, corpus folder): 60 functions, and files of Python's own."""
     folder = tmp_path_factory.mktemp("evals")
-    files = [inspect.getsource(module) for module in (textwrap, inspect, json, bootstrap)]
+    files = [inspect.getsource(module) for module in MODULES]
     functions = [FUNCTION.format(i=i) for i in range(60)]
     tokenizer.train([*files, *functions], 512, folder / "tokenizer.model")
     tok = tokenizer.Tokenizer(folder / "tokenizer.model")
@@ -51,17 +58,11 @@ def prepared(tmp_path_factory):
     request = Request(heldout_rate=0.4)
     corpora = {
         "code": documents(functions),
-        "code_files": documents([inspect.getsource(m) for m in (textwrap, inspect, math_like())]),
+        "code_files": documents(map(inspect.getsource, MODULES)),
     }
     gathered = Gathered(request, corpora, {name: "test" for name in corpora})
     corpus.prepare(folder / "corpus", tok, request, gathered=gathered)
     return tok, folder / "corpus"
-
-
-def math_like():
-    import statistics
-
-    return statistics
 
 
 @pytest.fixture(scope="module")
@@ -336,6 +337,8 @@ def test_windows_are_consecutive_pieces_of_one_document(prepared):
     tok, folder = prepared
     rows, documents = heldout._windows(folder, tok, "code_files", 256, 64)
     split = corpus.open(folder, tok).split("code_files", "heldout")
+    sizes = [len(split.record(document)["text"]) for document in documents]
+    assert min(sizes) < 4_096 < max(sizes)
     starts = dict.fromkeys(documents, 0)
     for row, document in zip(rows["tokens"], documents, strict=True):
         text = split.record(document)["text"]

@@ -188,17 +188,14 @@ def _windows(corpus_dir, tokenizer, name: str, length: int, count: int) -> tuple
     texts = []
     for number, document in places:
         record, start = split.record(int(document)), 1 + number * length
-        texts.append(
-            tokens.encode_slice(
-                tokenizer, record["text"], record.get("chunk_tokens", []), start, start + length
-            )
-        )
+        counts = record.get("chunk_tokens", [int(split.lengths[document]) - 2])  # no BOS, no EOS
+        texts.append(tokens.encode_slice(tokenizer, record["text"], counts, start, start + length))
     ids = np.insert(np.array(texts, np.int32), 0, tokenizer.bos_id, axis=1)
-    counts = np.broadcast_to(np.arange(length + 1, dtype=np.int32), ids.shape)
+    positions = np.broadcast_to(np.arange(length + 1, dtype=np.int32), ids.shape)
     rows = {
         "tokens": ids,
-        "loss_mask": counts > 0,
+        "loss_mask": positions > 0,
         "segments": np.ones_like(ids),
-        "positions": counts,
+        "positions": positions,
     }
     return rows, [int(document) for _, document in places]
