@@ -103,9 +103,31 @@ def test_merges_come_best_score_first_and_never_make_control_pieces(nano):
     assert "▁<PRE>" not in merged and "<s>" not in merged and len(merged) > 50
 
 
-def test_generation_stops_at_the_end_of_text_of_infilling_and_of_a_message(nano, tmp_path):
-    assert hf_tokenizer.stop_ids(tmp_path) == [2]
-    assert hf_tokenizer.stop_ids(nano.parent) == [2, 399]
+def test_generation_stops_at_the_end_of_text_of_infilling_and_of_a_message(nano, material):
+    assert vocabulary.ends(()) == (1, [2])
+    assert vocabulary.ends((material / "tok512.model",)) == (1, [2])
+    assert vocabulary.ends((nano,)) == (1, [2, 399])
+
+
+def test_a_tokenizer_of_hugging_faces_own_goes_along_as_it_is(tmp_path):
+    """Here one whose ends are not Llama's, as other models of the architecture have."""
+    write(tmp_path / "a", "hf", GQA)
+    tokens = [{"id": i, "content": name} for i, name in ((318, "<end>"), (319, "<start>"))]
+    vocab = {f"piece {i}": i for i in range(318)}
+    files = {
+        "tokenizer.json": {"model": {"vocab": vocab}, "added_tokens": tokens},
+        "tokenizer_config.json": {"bos_token": {"content": "<start>"}, "eos_token": "<end>"},
+    }
+    for name, content in files.items():
+        (tmp_path / "a" / name).write_text(json.dumps(content))
+    (tmp_path / "a" / "generation_config.json").unlink()
+    convert.convert(("hf", tmp_path / "a"), ("orbax", tmp_path / "b"), say=quiet)
+    convert.convert(("orbax", tmp_path / "b"), ("hf", tmp_path / "c"), say=quiet)
+    for name, content in files.items():
+        assert json.loads((tmp_path / "c" / name).read_text()) == content
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((tmp_path / "c" / name).read_text())
+        assert (settings["bos_token_id"], settings["eos_token_id"]) == (319, 318)
 
 
 # -- growing -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ against the tensors' shapes, against each other and against the official models.
 is repaired with a line; everything else is refused, unless the user allows that one thing by name.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -87,7 +88,7 @@ class Declared:
     norm_eps: float | None = None
     tied_embeddings: bool = False
     code_llama: bool = False  # has settings that only Code Llama's files have
-    default_eps: float | None = None  # what the format's own code takes where it is missing
+    default_eps: float = 1e-5  # what the format's own code takes where it is missing
 
 
 # -- the official models -----------------------------------------------------------------------
@@ -308,19 +309,15 @@ def _context(declared: Declared, official: list[Official], theta: float, finding
 
 
 def _norm_eps(declared: Declared, near: list[Official], findings: Findings) -> float:
-    eps = declared.norm_eps
-    if near and eps != near[0].model.norm_eps:
-        if eps is None and declared.default_eps == near[0].model.norm_eps:
-            findings.repaired(f"norm_eps is missing: {declared.default_eps:g}")
-            return declared.default_eps
-        findings.wrong(
-            "norm_eps",
-            f"norm_eps is {'missing' if eps is None else f'{eps:g}'}; "
-            f"it is {near[0].model.norm_eps:g} in {near[0].name}",
-        )
-    elif eps is None and declared.default_eps is not None:
-        findings.repaired(f"norm_eps is missing: {declared.default_eps:g}, the format's default")
-    return eps or declared.default_eps or 1e-5
+    eps, default = declared.norm_eps, declared.default_eps
+    if eps is None and (not near or default == near[0].model.norm_eps):
+        findings.repaired(f"norm_eps is missing: {default:g}, the default of the format's own code")
+        return default
+    if near and (eps is None or not math.isclose(eps, near[0].model.norm_eps, rel_tol=1e-6)):
+        said = "missing" if eps is None else f"{eps:g}"
+        right = f"{near[0].model.norm_eps:g} in {near[0].name}"
+        findings.wrong("norm_eps", f"norm_eps is {said}; it is {right}")
+    return default if eps is None else eps
 
 
 # -- values and tokenizer ----------------------------------------------------------------------

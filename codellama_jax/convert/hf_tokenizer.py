@@ -46,14 +46,6 @@ def write(model: Path, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(text + "\n")
 
 
-def stop_ids(folder: Path) -> list[int]:
-    """The ids at which generation ends: EOS, the end of an infilling, the end of a 70B message."""
-    if not (folder / "tokenizer.model").exists():
-        return [2]
-    names = {piece.text: i for i, piece in enumerate(vocabulary.pieces(folder / "tokenizer.model"))}
-    return [2] + [names[name] for name in (INFILLING_PIECES[3], STEP_PIECE) if name in names]
-
-
 # -- tokenizer.json ----------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from codellama_jax import config
-from codellama_jax.convert import guard, hf_tokenizer, proof, pth, safetensor, table
+from codellama_jax.convert import guard, hf_tokenizer, proof, pth, safetensor, table, vocabulary
 from codellama_jax.convert.meta import read_json
 from codellama_jax.convert.weights import Weights, copy_tokenizer, stream, tokenizer_files
 
@@ -157,8 +157,12 @@ def write(weights: Weights, folder: Path, shard_bytes: int = 5_000_000_000) -> N
             folder / f"{name}.index.json",
             {"metadata": {"total_size": weights.nbytes}, "weight_map": places},
         )
-    _write_json(folder / "config.json", config_json(weights.model, str(weights.dtype)))
-    _write_json(folder / "generation_config.json", _generation_json(folder))
+    bos, stops = vocabulary.ends(weights.tokenizer)
+    ends = {"bos_token_id": bos, "eos_token_id": stops[0]}
+    _write_json(folder / "config.json", config_json(weights.model, str(weights.dtype)) | ends)
+    if not (folder / "generation_config.json").exists():
+        stop = stops if len(stops) > 1 else stops[0]
+        _write_json(folder / "generation_config.json", ends | {"eos_token_id": stop})
 
 
 def _plan(weights: Weights, shard_bytes: int) -> list[list[table.Tensor]]:
@@ -197,16 +201,9 @@ def config_json(model: config.Model, dtype: str) -> dict:
         "attention_dropout": 0.0,
         "mlp_bias": False,
         "initializer_range": 0.02,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
         "torch_dtype": dtype,
         "use_cache": True,
     }
-
-
-def _generation_json(folder: Path) -> dict:
-    stops = hf_tokenizer.stop_ids(folder)
-    return {"bos_token_id": 1, "eos_token_id": stops if len(stops) > 1 else stops[0]}
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from codellama_jax import spm_file
 from codellama_jax.spm_file import NORMAL, UNUSED, USER_DEFINED
-from codellama_jax.tokenizer import BUILDING_PIECES, INFILLING_PIECES, SPACE
+from codellama_jax.tokenizer import BUILDING_PIECES, INFILLING_PIECES, SPACE, STEP_PIECE
 
 CODE_LLAMA_PIECES = (  # ids 32000..32015 of Code Llama 7B and 13B
     *BUILDING_PIECES,
@@ -46,6 +46,26 @@ def size(paths: tuple[Path, ...]) -> int | None:
             ids = [*content["model"]["vocab"].values()]
             return 1 + max([*ids, *(token["id"] for token in content["added_tokens"])])
     return None
+
+
+def ends(paths: tuple[Path, ...]) -> tuple[int, list[int]]:
+    """(BOS, ids at which generation ends) of a tokenizer's files; Llama's if there are none.
+
+    Besides EOS that is the mark that ends an infilling, and the one that ends a 70B message.
+    """
+    for path in paths:
+        if path.suffix == ".model":
+            processor = spm_file.load(spm_file.read(str(path)))
+            names = {piece.text: i for i, piece in enumerate(pieces(path))}
+            marks = [names[name] for name in (INFILLING_PIECES[3], STEP_PIECE) if name in names]
+            return processor.bos_id(), [processor.eos_id(), *marks]
+        if path.name == "tokenizer.json" and (path.parent / "tokenizer_config.json").exists():
+            names = {t["content"]: t["id"] for t in json.loads(path.read_text())["added_tokens"]}
+            settings = json.loads((path.parent / "tokenizer_config.json").read_text())
+            tokens = [settings.get(f"{end}_token") for end in ("bos", "eos")]
+            tokens = [t["content"] if isinstance(t, dict) else t for t in tokens]
+            return names.get(tokens[0], 1), [names.get(tokens[1], 2)]
+    return 1, [2]
 
 
 def grow(source: Path, destination: Path) -> None:

@@ -27,6 +27,7 @@ DTYPES = {
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt",
+    "generation_config.json",
 )  # fmt: skip
 
 

@@ -1,0 +1,134 @@
+"""Measures the converter: seconds and peak memory, against copying the same bytes.
+
+    python tools/bench_convert.py --size 7b --workdir /tmp/bench            # 13.5 GB, three times
+    python tools/bench_convert.py --size 34b --layers 4 --workdir /tmp/bench
+
+Writes a model of random bits in Hugging Face's form, converts it along --path, each conversion in
+a process of its own, and removes everything. Peak memory is that of the process, mapped pages
+included. With transformers installed, its own way from a folder to a folder (load, save) is
+measured too.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a clone that is not installed
+
+from codellama_jax import config
+from codellama_jax.convert import guard, run, weights
+
+
+def main() -> None:
+    args = arguments()
+    if args.convert:
+        return one(*args.convert)
+    model = dataclasses.replace(config.SIZES[args.size], rope_theta=1e6, max_seq_len=16_384)
+    if args.layers:
+        model = dataclasses.replace(model, num_layers=args.layers)
+    folder = Path(args.workdir) / "bench_convert"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        bench(model, args.path, folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+def bench(model: config.Model, path: list[str], folder: Path) -> None:
+    source = random_weights(model)
+    largest = 2 * max(np.prod(source.shape(t)) for t in weights.table.tensors(model))
+    print(f"{guard.describe(model)}\n{source.nbytes / 1e9:.2f} GB in bfloat16")
+    limit = (3 * largest >> 20) + 1024
+    print(f"largest tensor {largest >> 20:,} MiB; three of them and 1 GiB: {limit:,} MiB\n")
+    (folder / path[0]).mkdir()
+    run._write(source, path[0], folder / path[0], {})
+    os.sync()
+    copied = timed(["cp", "-r", folder / path[0], folder / "copy"])
+    shutil.rmtree(folder / "copy")
+    print(f"{'':24}{'seconds':>9}{'GB/s':>8}{'of cp':>8}{'peak MiB':>10}")
+    report("cp -r", source.nbytes, copied, copied, "")
+    for before, after in zip(path, path[1:], strict=False):
+        command = [sys.executable, __file__, "--convert", before, after, folder]
+        seconds, peak = measured(command)
+        report(f"{before} -> {after}", source.nbytes, seconds, copied, f"{peak:,}")
+        shutil.rmtree(folder / before)
+        (folder / "new").rename(folder / after)
+    if importlib.util.find_spec("transformers") and path[-1] == "hf":
+        seconds, peak = measured([sys.executable, "-c", TRANSFORMERS, folder / "hf", folder / "t"])
+        report("transformers, hf -> hf", source.nbytes, seconds, copied, f"{peak:,}")
+
+
+TRANSFORMERS = """
+import re, sys
+from pathlib import Path
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+model.save_pretrained(sys.argv[2])
+print("peak", re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+"""
+
+
+def one(before: str, after: str, folder: str) -> None:
+    """One conversion, in this process; prints its peak memory in KiB."""
+    run.convert((before, f"{folder}/{before}"), (after, f"{folder}/new"), say=lambda line: None)
+    print("peak", re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def random_weights(model: config.Model) -> weights.Weights:
+    """Random bits, finite as bfloat16: the same 64 MB again and again, never the same tensor."""
+    bits = np.random.default_rng(0).integers(0, 1 << 16, 1 << 25, np.uint16) & 0xBFFF
+    lengths = weights.table.sizes(model)
+
+    def read(tensor):
+        shape = weights.table.shape(tensor.row.hf_axes, lengths)
+        start = hash((tensor.hf, tensor.layer)) % (1 << 24)
+        return np.resize(bits[start:], shape).view(ml_dtypes.bfloat16)
+
+    return weights.Weights(model, np.dtype(ml_dtypes.bfloat16), read)
+
+
+def timed(command: list) -> float:
+    started = time.perf_counter()
+    subprocess.run(command, check=True)
+    return time.perf_counter() - started
+
+
+def measured(command: list) -> tuple[float, int]:
+    """Seconds, and peak MiB."""
+    started = time.perf_counter()
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return time.perf_counter() - started, int(done.stdout.split("peak")[1]) >> 10
+
+
+def report(name: str, nbytes: int, seconds: float, copied: float, peak: str) -> None:
+    speed = nbytes / seconds / 1e9
+    print(f"{name:24}{seconds:9.1f}{speed:8.2f}{copied / seconds:8.0%}{peak:>10}", flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=config.SIZES, default="7b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the size has")
+    parser.add_argument("--workdir", default="/tmp")
+    parser.add_argument(
+        "--path", nargs="+", choices=run.FORMATS, default=["hf", "orbax", "meta", "hf"]
+    )
+    parser.add_argument("--convert", nargs=3, help=argparse.SUPPRESS)  # used by itself
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
