@@ -114,14 +114,14 @@ class CodeLlama:
         """
         rows = [Request(list(ids)) for ids in prompt_ids]
         self.run(rows, sampling, stop_ids, batch_size)
-        return [Generation(row.tokens, row.log_probs, row.done) for row in rows]
+        return [Generation(row.tokens, row.log_probs, row.stopped) for row in rows]
 
     # -- text ----------------------------------------------------------------------------------
     def complete(
         self,
         text: str | Sequence[str],
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float | None = None,
         seed: int | Sequence[int] | None = None,
@@ -131,8 +131,9 @@ class CodeLlama:
     ) -> str | list[str] | Iterator[str]:
         """What follows `text`; for a list of texts, a list.
 
-        Ends at EOS, before the first of the texts in `stop`, or after max_new_tokens. temperature,
-        top_p, seed: see request.Sampling. stream=True yields the answer to one text piece by piece.
+        Ends at EOS, before the first of the texts in `stop`, or after max_new_tokens. These,
+        temperature, top_p and seed: see request.Sampling. stream=True yields the answer to one text
+        piece by piece. batch_size: texts decoded at once; lower it when memory runs short.
         """
         tokenizer = self._text_tokenizer()
         rows = [request.completion(tokenizer, one, stop) for one in _listed(text)]
@@ -147,7 +148,7 @@ class CodeLlama:
         *,
         suffix_first: bool = False,
         truncate: bool = False,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float | None = None,
         seed: int | Sequence[int] | None = None,
@@ -165,7 +166,8 @@ class CodeLlama:
         prompts.require_infilling(tokenizer)
         pairs = _paired(prefix, suffix)
         if truncate:
-            room = self.model.max_seq_len - max_new_tokens
+            longest = self.model.max_seq_len
+            room = longest - (max_new_tokens or min(longest // 2, request.DEFAULT_NEW_TOKENS))
             pairs = [request.near_gap(tokenizer, *pair, room) for pair in pairs]
         rows = [request.infilling(tokenizer, *pair, suffix_first, stop) for pair in pairs]
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
@@ -176,7 +178,7 @@ class CodeLlama:
         self,
         dialog: Dialog | Sequence[Dialog],
         *,
-        max_new_tokens: int = 512,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float | None = None,
         seed: int | Sequence[int] | None = None,
@@ -243,15 +245,9 @@ class CodeLlama:
         """Checks the prompts and gives each row its random numbers."""
         for row, random in zip(rows, sampling.generators(len(rows)), strict=True):
             row.random = random
+            row.limit = sampling.limit(len(row.prompt), self.model.max_seq_len)
             self._check_ids(row.prompt)
-            length, new, limit = len(row.prompt), sampling.max_new_tokens, self.model.max_seq_len
-            check(length > 0, "a prompt has no ids; start it with BOS")
-            check(
-                length + new <= limit,
-                f"a prompt of {length} tokens and max_new_tokens={new} make {length + new}, but "
-                f"the model reads max_seq_len={limit}; shorten the prompt or lower max_new_tokens "
-                f"by {length + new - limit}, or load the model with a larger max_seq_len",
-            )
+            check(len(row.prompt) > 0, "a prompt has no ids; start it with BOS")
 
     def _decode(
         self,
@@ -267,13 +263,15 @@ class CodeLlama:
         for b, row in enumerate(rows):
             lengths_B[b] = len(row.prompt)
             tokens_BT[b, : lengths_B[b]] = row.prompt
-        room, left = decode.bucket(sampling.max_new_tokens), sampling.max_new_tokens
+        left = max(row.limit for row in rows)
         draw = _draw(sampling, stop_ids)
         extend = functools.partial(decode.decode, self.params, model=self.model, prompt_room=T)
         with self._on_mesh():
-            kept = decode.prefill(self.params, tokens_BT, lengths_B, model=self.model, room=room)
+            kept = decode.prefill(
+                self.params, tokens_BT, lengths_B, model=self.model, room=decode.bucket(left)
+            )
         chunk = decode.DECODE_CHUNK if seconds == math.inf else 1
-        while left and not all(row.done for row in rows):
+        while not all(row.done for row in rows):
             started = time.perf_counter()
             allowed_BV = self._allowed(rows, B)
             count = min(left, chunk) if allowed_BV is None else 1

@@ -15,6 +15,8 @@ from codellama_jax import prompts
 from codellama_jax.config import check
 from codellama_jax.tokenizer import Tokenizer
 
+DEFAULT_NEW_TOKENS = 256
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -24,13 +26,16 @@ class Sampling:
     own numbers by its place, the first those of seed=[seed].
     """
 
-    max_new_tokens: int = 128
+    max_new_tokens: int | None = None  # None: 256, or what is left of max_seq_len
     temperature: float = 0.0
     top_p: float | None = None  # None: 0.9, as in Meta's code
     seed: int | Sequence[int] | None = None  # of all rows, or one for each; None: 0
 
     def __post_init__(self):
-        check(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        check(
+            self.max_new_tokens is None or self.max_new_tokens >= 1,
+            f"max_new_tokens={self.max_new_tokens} must be at least 1",
+        )
         check(
             0 <= self.temperature < float("inf"),
             f"temperature={self.temperature} must be 0 (greedy) or larger",
@@ -42,6 +47,24 @@ class Sampling:
                 f"{name}={getattr(self, name)} has no effect at temperature=0, which always takes "
                 f"the likeliest token; leave {name} out or raise the temperature",
             )
+
+    def limit(self, prompt_length: int, max_seq_len: int) -> int:
+        """Most tokens to write after a prompt. Raises ValueError where the model cannot go."""
+        left = max_seq_len - prompt_length
+        new = min(left, DEFAULT_NEW_TOKENS) if self.max_new_tokens is None else self.max_new_tokens
+        check(
+            left > 0,
+            f"a prompt of {prompt_length} tokens leaves no room: the model reads max_seq_len="
+            f"{max_seq_len}; shorten it, or load the model with a larger max_seq_len",
+        )
+        check(
+            new <= left,
+            f"a prompt of {prompt_length} tokens and max_new_tokens={new} make "
+            f"{prompt_length + new}, but the model reads max_seq_len={max_seq_len}; shorten the "
+            f"prompt or lower max_new_tokens by {new - left}, or load the model with a larger "
+            "max_seq_len",
+        )
+        return new
 
     def generators(self, num_rows: int) -> list[np.random.Generator]:
         """Where each row gets its random numbers."""
@@ -66,20 +89,26 @@ class Request:
     text_of: Callable[[list[int]], str] | None = None  # ids after the prompt to text
     spelled: str = ""  # text to write first: what token healing took from the prompt
     stop: tuple[str, ...] = ()  # texts that end it
+    limit: int = 0  # most tokens
     random: np.random.Generator | None = None
     tokens: list[int] = dataclasses.field(default_factory=list)
     log_probs: list[float] = dataclasses.field(default_factory=list)
-    done: bool = False
+    stopped: bool = False  # by a stop id or a stop text
+
+    @property
+    def done(self) -> bool:
+        return self.stopped or len(self.tokens) >= self.limit
 
     def extend(self, tokens: np.ndarray, log_probs: np.ndarray, stop_ids: Sequence[int]) -> None:
-        """Takes in a chunk up to its first stop id; is done at one, or at a stop text."""
-        if self.done:
+        """Takes in a chunk up to the limit or the first stop id."""
+        if self.stopped:
             return
+        tokens = tokens[: self.limit - len(self.tokens)]
         ends = np.flatnonzero(np.isin(tokens, stop_ids))
         count = int(ends[0]) if len(ends) else len(tokens)
         self.tokens += tokens[:count].tolist()
         self.log_probs += log_probs[:count].tolist()
-        self.done = bool(len(ends)) or self._stop_at() is not None
+        self.stopped = bool(len(ends)) or self._stop_at() is not None
 
     def text(self) -> str:
         """The text so far, cut before the first stop text."""

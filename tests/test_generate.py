@@ -1,5 +1,7 @@
 """Generation: cached decoding is the full forward pass, batches change nothing, text is whole."""
 
+import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -156,6 +158,13 @@ def test_generation_ends_before_the_first_stop_id(llama):
     assert stopped.stopped and not free.stopped and len(free.tokens) == 30
 
 
+def test_without_a_limit_each_row_goes_as_far_as_the_model_reads(params):
+    short = generate.CodeLlama(config.replace(MODEL, max_seq_len=40), params)
+    out = short.generate(prompts_of(30, 17, 40 - 16))
+    assert [len(o.tokens) for o in out] == [10, 23, 16]
+    assert not any(o.stopped for o in out)
+
+
 def test_sizes_of_the_same_bucket_compile_once(llama):
     def run(*lengths, **how):
         llama.generate(prompts_of(*lengths), Sampling(**how))
@@ -246,6 +255,7 @@ def test_a_stream_holds_back_characters_that_are_not_whole(tokenizer, text, chun
     text = text.replace(tokenizers.SPACE, " ")
     row = request.completion(tokenizer, "x")
     ids, shown = tokenizer.encode_infilling(text), ""
+    row.limit = len(ids) + 1
     for start in range(0, len(ids), chunk):
         row.extend(np.array(ids[start : start + chunk]), np.zeros(chunk), [])
         assert row.settled().startswith(shown)
@@ -267,6 +277,7 @@ def test_a_stop_text_ends_the_answer_and_is_not_part_of_it(llama):
 def test_a_completion_keeps_its_leading_space(tokenizer):
     ids = tokenizer.encode_infilling(" b")
     row = request.completion(tokenizer, "a")
+    row.limit = 9
     row.extend(np.array(ids), np.zeros(len(ids)), [tokenizer.eos_id])
     assert row.text() == " b"
 
@@ -330,7 +341,7 @@ def test_truncation_keeps_the_text_near_the_gap(tokenizer, prefix, suffix, room)
 
 def test_truncation_is_done_only_when_asked(llama, monkeypatch):
     text, lengths = "x = 1\n" * 2_000, []
-    with pytest.raises(ValueError, match="max_seq_len=2048; shorten the prompt"):
+    with pytest.raises(ValueError, match="max_seq_len=2048; shorten"):
         llama.infill(text, text)
     monkeypatch.setattr(llama, "run", lambda rows, *_: lengths.extend(len(r.prompt) for r in rows))
     llama.infill(text, text, truncate=True, max_new_tokens=48)
@@ -346,6 +357,7 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(llama, params, tokenizer, 
         with pytest.raises(ValueError, match=pattern):
             call(*args, **kwargs)
 
+    refused("2048 tokens leaves no room", llama.generate, [[3] * 2_048])
     refused("1 tokens and max_new_tokens=2048 make 2049", llama.complete, "", max_new_tokens=2048)
     refused("top_p=0.5 has no effect at temperature=0", llama.complete, "a", top_p=0.5)
     refused("seed=3 has no effect", llama.complete, "a", seed=3)
@@ -438,3 +450,60 @@ def test_help_is_quick_and_has_examples():
     )
     assert "generate.py infill --checkpoint" in out.stdout
     assert " jax" not in out.stderr and " numpy" not in out.stderr
+
+
+@pytest.fixture(scope="module")
+def shell(tokenizer, params, tmp_path_factory):
+    """tools/generate.py on a folder of the random weights: (exit code, what it printed, error)."""
+    folder = tmp_path_factory.mktemp("shell") / "hf"
+    convert.export_hf(params, MODEL, folder, tokenizer.path)
+    spec = importlib.util.spec_from_file_location("generate_tool", ROOT / "tools/generate.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def run(command, *args, stdin="", checkpoint=folder):
+        out, errors = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "stderr", errors)
+            args = [command, "--checkpoint", str(checkpoint), "--max-new-tokens", "20", *args]
+            code = tool.main(args)
+        return code, out.getvalue(), errors.getvalue()
+
+    return run
+
+
+def test_the_shell_shows_what_the_face_returns(llama, shell, tmp_path):
+    how = {"max_new_tokens": 20}
+    expected = llama.complete("def f(x):\r\n", **how)
+    assert shell("complete", "--prompt", "def f(x):\r\n") == (0, expected, "")
+    assert shell("complete", stdin="def f(x):\r\n") == (0, expected, "")
+    middle = llama.infill("a = ", "\n", **how)
+    assert shell("infill", "--prefix", "a = ", "--suffix", "\n") == (0, middle, "")
+    gap = tmp_path / "gap.py"
+    gap.write_text("a = <FILL>\n")
+    assert shell("infill", "--file", str(gap)) == (0, middle, "")
+    assert shell("infill", "--whole", stdin="a = <FILL>\n") == (0, f"a = {middle}\n", "")
+    warm = {"temperature": 0.9, "top_p": 0.8, "seed": 3, "suffix_first": True}
+    flags = "--temperature 0.9 --top-p 0.8 --seed 3 --suffix-first".split()
+    assert shell("infill", *flags, stdin="a = <FILL>\n")[1] == llama.infill(
+        "a = ", "\n", **how, **warm
+    )
+    dialog = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}]
+    answer = llama.chat(dialog, **how)
+    assert shell("chat", "--system", "Be brief", "--prompt", "Hi") == (0, answer, "")
+
+
+def test_the_shell_says_in_one_line_what_is_wrong(shell, tmp_path):
+    def refused(pattern, *args, **how):
+        code, out, error = shell(*args, **how)
+        assert (code, out, error.count("\n")) == (2, "", 1)
+        assert error.startswith("error: ") and pattern in error
+
+    refused("standard input has 2 times <FILL>", "infill", stdin="<FILL><FILL>")
+    refused("give both --prefix and --suffix", "infill", "--prefix", "a")
+    refused("No such file", "infill", "--file", str(tmp_path / "nothing"))
+    refused("there is no folder", "complete", "--prompt", "a", checkpoint=tmp_path / "nothing")
+    refused("has no effect at temperature=0", "complete", "--prompt", "a", "--seed", "1")
+    refused("make 3011, but", "complete", "--max-new-tokens", "3000", "--prompt", "def f(x): pass")

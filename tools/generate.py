@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tokenizer", metavar="FILE", help="tokenizer.model, if it is not beside the weights")
     add("--dtype", help="bfloat16, float16 or float32 (default: as stored)")
     add("--max-seq-len", type=int, metavar="N", help="read more than the model was trained on")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="(default: 256)")
+    add("--max-new-tokens", type=int, metavar="N", help="(default: 256, or what fits)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest (default: 0)")
     add("--top-p", type=float, help="mass of the nucleus (default: 0.9)")
     add("--seed", type=int, help="of the random numbers (default: 0)")
