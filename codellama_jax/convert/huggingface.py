@@ -33,10 +33,10 @@ def read(folder: Path, findings: guard.Findings) -> Weights:
         findings.fatal(f"the tensors are of several dtypes: {', '.join(map(str, kinds))}")
     findings.settle()
 
-    def read_(tensor: table.Tensor) -> np.ndarray:
+    def read_tensor(tensor: table.Tensor) -> np.ndarray:
         return entries[tensor.hf].array()
 
-    weights = Weights(model, kinds.pop(), read_, tokenizer_files(folder))
+    weights = Weights(model, kinds.pop(), read_tensor, tokenizer_files(folder))
     return proof.checked(weights, known, findings)
 
 
@@ -145,7 +145,7 @@ def write(weights: Weights, folder: Path, shard_bytes: int = 5_000_000_000) -> N
     names = [name]
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    tensors = stream(weights, table.tensors(weights.model))
+    tensors = stream(weights, weights.order())
     for file_name, shard in zip(names, shards, strict=True):
         plan = [(t.hf, weights.shape(t)) for t in shard]
         with safetensor.Writer(folder / file_name, plan, weights.dtype) as file:
@@ -169,7 +169,7 @@ def _plan(weights: Weights, shard_bytes: int) -> list[list[table.Tensor]]:
     """The tensors, in order, cut into files."""
     shards: list[list[table.Tensor]] = [[]]
     size = 0
-    for tensor in table.tensors(weights.model):
+    for tensor in weights.order():
         nbytes = int(np.prod(weights.shape(tensor))) * weights.dtype.itemsize
         if shards[-1] and size + nbytes > shard_bytes:
             shards.append([])

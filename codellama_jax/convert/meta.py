@@ -43,20 +43,19 @@ def read(folder: Path, findings: guard.Findings) -> Weights:
     known = proof.read(folder)
     model = guard.settle(declared, shapes, findings, known.model if known else None)
     _check_copies(shards, findings)
-    kinds = {entry.dtype for shard in shards for n, entry in shard.items() if n in meta_to_hf}
+    kinds = {shard[n].dtype for shard in shards for n, (_, row) in meta_to_hf.items() if row}
     if len(kinds) > 1:
         findings.fatal(f"the tensors are of several dtypes: {', '.join(map(str, kinds))}")
     findings.settle()
     lengths = table.sizes(model)
 
-    def read_(tensor: table.Tensor) -> np.ndarray:
+    def read_tensor(tensor: table.Tensor) -> np.ndarray:
         row, parts = tensor.row, [shard[tensor.meta].array() for shard in shards]
-        whole = parts[0] if row.split is None or len(parts) == 1 else None
-        if whole is None:
-            whole = np.concatenate(parts, axis=row.split)
+        cut = row.split is not None and len(parts) > 1
+        whole = np.concatenate(parts, axis=row.split) if cut else parts[0]
         return table.rearrange(whole, row.meta_axes, row.hf_axes, lengths)
 
-    weights = Weights(model, kinds.pop(), read_, _tokenizer(folder))
+    weights = Weights(model, kinds.pop(), read_tensor, _tokenizer(folder))
     return proof.checked(weights, known, findings)
 
 
@@ -207,14 +206,14 @@ def write(weights: Weights, folder: Path, shards: int = 1) -> None:
     copy_tokenizer(weights, folder)
     plan = [
         (t.meta, _part_shape(table.shape(t.row.meta_axes, lengths), t.row.split, shards))
-        for t in table.tensors(model)
+        for t in weights.order()
     ]
     names = [f"consolidated.{i:02d}.pth" for i in range(shards)]
     with ExitStack() as stack:
         files = [
             stack.enter_context(pth.Writer(folder / name, plan, weights.dtype)) for name in names
         ]
-        for tensor, array in stream(weights, table.tensors(model)):
+        for tensor, array in stream(weights, weights.order()):
             row = tensor.row
             array = table.rearrange(array, row.hf_axes, row.meta_axes, lengths)
             parts = [array] * shards

@@ -35,17 +35,42 @@ def read(folder: Path, findings: guard.Findings) -> Weights:
     kinds = {str(array.dtype.numpy_dtype) for array in arrays.values()}
     if len(kinds) > 1:
         raise ValueError(f"{step}: the weights are of several dtypes: {', '.join(sorted(kinds))}")
-    lengths = table.sizes(model)
-
-    def read_(tensor: table.Tensor) -> np.ndarray:
-        array, row = arrays[tensor.row.ours], tensor.row
-        part = array if tensor.layer is None else array[tensor.layer]
-        return table.rearrange(part.read().result(), row.ours_axes, row.hf_axes, lengths)
-
-    tokenizer = tokenizer_files(step.parent)
+    # The trainer's chunks hold all layers of a part of a weight; ours hold one layer.
+    chunks = [arrays[row.ours].chunk_layout.read_chunk.shape for row in table.TABLE if row.stacked]
+    together = any(chunk[0] > 1 for chunk in chunks)
+    weights = Weights(
+        model,
+        dtype(kinds.pop()),
+        _reader(arrays, model, together),
+        tokenizer_files(step.parent),
+        layers_together=together,
+    )
     known = proof.read(step.parent) if step.name == "0" else None
-    weights = Weights(model, dtype(kinds.pop()), read_, tokenizer)
     return proof.checked(weights, known, findings)
+
+
+def _reader(arrays: dict, model: config.Model, together: bool):
+    """Weights.read for stacked arrays; `together`: reads a weight once, whole, for all layers."""
+    lengths = table.sizes(model)
+    held: dict[str, np.ndarray] = {}
+
+    def layer(name: str, number: int) -> np.ndarray:
+        if not together:
+            return arrays[name][number].read().result()
+        if name not in held:
+            held.clear()
+            held[name] = arrays[name].read().result()
+        return held[name][number]
+
+    def read_tensor(tensor: table.Tensor) -> np.ndarray:
+        row = tensor.row
+        if tensor.layer is None:
+            array = arrays[row.ours].read().result()
+        else:
+            array = layer(row.ours, tensor.layer)
+        return table.rearrange(array, row.ours_axes, row.hf_axes, lengths)
+
+    return read_tensor
 
 
 def find(folder: Path) -> Path:
@@ -95,7 +120,7 @@ def write(weights: Weights, folder: Path) -> None:
     (step / "params").mkdir(parents=True)
     for row in table.rows(model):
         _write_array_metadata(step / "params", row, model, str(weights.dtype))
-    for tensor, array in stream(weights, table.tensors(model)):
+    for tensor, array in stream(weights, weights.order()):
         row = tensor.row
         array = table.rearrange(array, row.hf_axes, row.ours_axes, lengths)
         _write_chunks(step / "params" / row.ours, tensor, array)

@@ -63,7 +63,7 @@ def digest(array: np.ndarray) -> str:
 def checked(weights: Weights, expected: Checksums | None, findings: guard.Findings) -> Weights:
     """The same weights; reading a NaN, or a tensor that `expected` does not know, is refused."""
 
-    def read_(tensor: table.Tensor) -> np.ndarray:
+    def read_tensor(tensor: table.Tensor) -> np.ndarray:
         array = weights.read(tensor)
         if guard.has_nonfinite(array):
             findings.wrong("nonfinite", f"{tensor.hf} has NaN or infinite elements")
@@ -74,13 +74,13 @@ def checked(weights: Weights, expected: Checksums | None, findings: guard.Findin
         findings.settle()
         return array
 
-    return replace(weights, read=read_)
+    return replace(weights, read=read_tensor)
 
 
 def sums_of(weights: Weights) -> dict[str, str]:
     """The hash of every tensor, read once."""
     read = replace(weights, read=lambda tensor: digest(weights.read(tensor)))
-    return {tensor.hf: sum_ for tensor, sum_ in stream(read, table.tensors(weights.model))}
+    return {tensor.hf: sum_ for tensor, sum_ in stream(read, weights.order())}
 
 
 def differences(left: dict[str, str], right: dict[str, str]) -> list[str]:

@@ -39,6 +39,14 @@ class Weights:
     dtype: np.dtype  # of every tensor
     read: Callable[[table.Tensor], np.ndarray]  # in Hugging Face's axes
     tokenizer: tuple[Path, ...] = ()  # tokenizer.model, or Hugging Face's own files
+    layers_together: bool = False  # the source stores a weight's layers in one block
+
+    def order(self) -> list[table.Tensor]:
+        """Every tensor: in the order of the forward pass, or all layers of a weight together."""
+        tensors = list(table.tensors(self.model))
+        if self.layers_together:
+            tensors.sort(key=lambda t: table.TABLE.index(t.row))
+        return tensors
 
     @property
     def nbytes(self) -> int:
@@ -107,7 +115,7 @@ def to_params(weights: Weights) -> dict:
     """Our nested dict of numpy arrays, stacked over layers."""
     model, lengths = weights.model, table.sizes(weights.model)
     params: dict = {}
-    for tensor, array in stream(weights, table.tensors(model)):
+    for tensor, array in stream(weights, weights.order()):
         row = tensor.row
         array = table.rearrange(array, row.hf_axes, row.ours_axes, lengths)
         if tensor.layer is None:
