@@ -15,17 +15,20 @@ import numpy as np
 from codellama_jax import config, sharding
 
 QUERY_BLOCK = 128  # of the plain XLA form
-SPLASH_BLOCK = 512  # fits the VMEM of every TPU; sequences must be a multiple of 128
+SPLASH_BLOCK = 512  # fits the VMEM of every TPU
+SPLASH_LANES = 128  # rows are padded to whole blocks, shorter rows to a multiple of this
 
 
-def kernel(name: str, platform: str) -> str:
+def kernel(name: str, platform: str, dtype: str = "bfloat16") -> str:
     """Resolves "auto" for devices of `platform`; refuses a kernel that cannot run there."""
     best = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")
+    if best == "cudnn" and dtype == "float32":  # it computes in 16 bits only
+        best = "xla"
     if name == "auto":
         return best
     config.check(
         name in ("xla", best),
-        f"attention={name!r} does not run on {platform}; use {best!r} or auto",
+        f"attention={name!r} does not run on {platform} in {dtype}; use {best!r} or auto",
     )
     return name
 
@@ -87,12 +90,17 @@ def masked(
 
 def _splash(q_BTNH, k_BSKH, v_BSKH, segments_BT):
     """The TPU kernel, run by each device on its own rows and heads."""
-    mesh = jax.sharding.get_abstract_mesh()
     if segments_BT is None:
         segments_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        interpret = jax.default_backend() == "cpu"
+        return _splash_local(q_BTNH, k_BSKH, v_BSKH, segments_BT, interpret=interpret)
     heads = sharding.spec("batch", None, "heads", None)
+    device = mesh.abstract_device  # of the mesh: programs for TPUs are compiled on CPUs, too
+    interpret = device is not None and device.platform == "cpu"
     local = jax.shard_map(
-        functools.partial(_splash_local, interpret=jax.default_backend() == "cpu" and mesh.empty),
+        functools.partial(_splash_local, interpret=interpret),
         mesh=mesh,
         in_specs=(heads, heads, heads, sharding.spec("batch", None)),
         out_specs=heads,
@@ -107,8 +115,13 @@ def _splash_local(q_BTNH, k_BSKH, v_BSKH, segments_BT, *, interpret):
     )
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 
-    _, T, N, H = q_BTNH.shape
-    block = min(SPLASH_BLOCK, T)
+    length, N, H = q_BTNH.shape[1:]
+    block = min(SPLASH_BLOCK, -(-length // SPLASH_LANES) * SPLASH_LANES)
+    T = -(-length // block) * block
+    q_BTNH, k_BSKH, v_BSKH, segments_BT = (  # behind the row: no query of it looks there
+        jnp.pad(x, [(0, 0), (0, T - length)] + [(0, 0)] * (x.ndim - 2))
+        for x in (q_BTNH, k_BSKH, v_BSKH, segments_BT)
+    )
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((T, T))] * N)
     attend = splash.make_splash_mha(
         mask,
@@ -125,4 +138,4 @@ def _splash_local(q_BTNH, k_BSKH, v_BSKH, segments_BT, *, interpret):
     q_BTNH = (q_BTNH / np.sqrt(H)).astype(q_BTNH.dtype)
     heads_first = [jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSKH, v_BSKH)]  # [B, heads, T, H]
     o_BNTH = jax.vmap(attend)(*heads_first, splash.SegmentIds(q=segments_BT, kv=segments_BT))
-    return jnp.swapaxes(o_BNTH, 1, 2)
+    return jnp.swapaxes(o_BNTH, 1, 2)[:, :length]

@@ -1,4 +1,4 @@
-"""A tiny model, a stage of it, and packed rows of random tokens: what the tests of the spine use."""
+"""A tiny model, a stage of it, and packed rows of random tokens, for the tests of the spine."""
 
 from dataclasses import replace
 
