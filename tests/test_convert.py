@@ -273,6 +273,8 @@ def test_an_option_without_effect_is_refused(tmp_path):
         convert.convert(source, to, shards=2, say=quiet)
     with pytest.raises(ValueError, match="shard_bytes=7 has no effect"):
         convert.convert(source, to, shard_bytes=7, say=quiet)
+    with pytest.raises(ValueError, match="'pth' is not a format; there are meta, hf, orbax"):
+        convert.convert(source, ("pth", tmp_path / "b"), say=quiet)
     with pytest.raises(ValueError, match="--allow nonfinite had no effect"):
         convert.convert(source, to, allow=("nonfinite",), say=quiet)
     with pytest.raises(ValueError, match="cannot allow NaNs; there are"):
@@ -315,6 +317,21 @@ def test_bin_files_are_read_like_safetensors(tmp_path):
         convert.read_params(tmp_path / "a", say=quiet)[1],
         convert.read_params(tmp_path / "b", say=quiet)[1],
     )
+
+
+def test_progress_ends_at_the_whole_and_counts_what_verify_reads(tmp_path):
+    write(tmp_path / "a", "hf", GQA)
+    for verify, passes in ((False, 1), (True, 3)):
+        seen = []
+        convert.convert(
+            ("hf", tmp_path / "a"),
+            ("meta", tmp_path / f"b{passes}"),
+            verify=verify,
+            progress=lambda done, whole, seen=seen: seen.append((done, whole)),
+            say=quiet,
+        )
+        assert seen == sorted(seen) and len(seen) == passes * len(list(table.tensors(GQA)))
+        assert seen[-1] == (2 * GQA.num_params * passes,) * 2
 
 
 # -- memory ------------------------------------------------------------------------------------

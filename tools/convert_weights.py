@@ -21,18 +21,12 @@ def main() -> int:
     args = arguments()
     from codellama_jax import convert
 
-    (kind, src), (to, dst) = getattr(args, "from"), args.to
-    for format_ in (kind, to):
-        if format_ not in convert.FORMATS:
-            known = ", ".join(convert.FORMATS)
-            print(f"error: {format_!r} is not a format; there are {known}", file=sys.stderr)
-            return 2
     started = time.perf_counter()
     try:
         with Bar() as progress:
             convert.convert(
-                (kind, src),
-                (to, dst),
+                getattr(args, "from"),
+                args.to,
                 shards=args.shards,
                 shard_bytes=int(args.shard_gb * 1e9),
                 dtype=args.dtype,
@@ -46,6 +40,9 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"stopped; nothing is at {args.to[1]}", file=sys.stderr)
+        return 130
     print(f"{time.perf_counter() - started:.0f} s")
     return 0
 

@@ -5,6 +5,7 @@ source --read--> checked --grow, cast--> recorded --write--> DST.partial --verif
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ def convert(
     Raises ValueError for whatever is wrong. Then, and after a kill, nothing is at the destination.
     """
     (kind, folder), (to, dst) = source, destination
-    _check_options(to, shards, shard_bytes)
+    _check_options(kind, to, shards, shard_bytes)
     findings = guard.Findings(tuple(allow), say)
     weights = FORMATS[kind].read(Path(folder), findings)
     say(f"source: {guard.describe(weights.model)}, {weights.dtype}")
@@ -67,10 +68,12 @@ def convert(
         _check_tokenizer(weights, findings)
         options = {"meta": {"shards": shards}, "hf": {"shard_bytes": shard_bytes}}.get(to, {})
         with new_folder(Path(dst), weights.nbytes) as partial:
-            sums = _write(weights, to, partial, options, progress)
+            count = _counter(progress, weights.nbytes * (3 if verify else 1))
+            sums = _write(count(weights), to, partial, options)
             findings.close()
             if verify:
-                _verify(sums, weights, FORMATS[to].read(partial, guard.Findings(say=_silent)))
+                written = FORMATS[to].read(partial, guard.Findings(say=_silent))
+                _verify(sums, count(weights), count(written))
     proved = "; both sides read again, all sums equal" if verify else ""
     say(f"written: {dst}, {len(sums)} tensors, {weights.nbytes:,} bytes{proved}")
 
@@ -83,14 +86,15 @@ def read_params(
     dtype: str | None = None,
     *,
     allow: tuple[str, ...] = (),
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] | None = None,
 ) -> tuple[config.Model, dict]:
     """(model, params) of a Meta, Hugging Face or Orbax folder: numpy arrays, stacked over layers.
 
-    dtype: "bfloat16", "float16" or "float32"; None keeps the files' own. Raises ValueError for
-    weights that guard refuses and for tensors that are not those of a checksum table beside them.
+    dtype: "bfloat16", "float16" or "float32"; None keeps the files' own. say: gets the lines about
+    repairs; by default they go to standard error. Raises ValueError for weights that guard refuses
+    and for tensors that are not those of a checksum table beside them.
     """
-    findings = guard.Findings(allow, say)
+    findings = guard.Findings(allow, say or _to_stderr)
     weights = _rounded(_open(Path(path), findings), dtype, findings)
     params = weights_.to_params(weights)
     findings.close()
@@ -142,11 +146,18 @@ def _silent(line: str) -> None:
     pass
 
 
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 # -- steps -------------------------------------------------------------------------------------
 
 
-def _check_options(to: str, shards: int, shard_bytes: int) -> None:
-    """Raises ValueError for an option that the destination's format has no use for."""
+def _check_options(kind: str, to: str, shards: int, shard_bytes: int) -> None:
+    """Raises ValueError for a format there is not, and an option that the other has no use for."""
+    for name in (kind, to):
+        if name not in FORMATS:
+            raise ValueError(f"{name!r} is not a format; there are {', '.join(FORMATS)}")
     if to != "meta" and shards != 1:
         raise ValueError(f"shards={shards} has no effect on {to!r}; only Meta's format has them")
     if to != "hf" and shard_bytes != SHARD_BYTES:
@@ -187,23 +198,30 @@ def _check_tokenizer(weights: Weights, findings: guard.Findings) -> None:
     findings.settle()
 
 
-def _write(
-    weights: Weights,
-    to: str,
-    folder: Path,
-    options: dict,
-    progress: Callable[[int, int], None] = lambda done, whole: None,
-) -> dict[str, str]:
-    """Writes a folder and its checksum table; returns the sums."""
-    sums: dict[str, str] = {}
+def _counter(progress: Callable[[int, int], None], whole: int) -> Callable[[Weights], Weights]:
+    """A wrapper for weights: whatever is read from them counts as done, of `whole` bytes."""
     done = 0
 
+    def counted(weights: Weights) -> Weights:
+        def read(tensor: table.Tensor) -> np.ndarray:
+            nonlocal done
+            array = weights.read(tensor)
+            done += array.nbytes
+            progress(done, whole)
+            return array
+
+        return replace(weights, read=read)
+
+    return counted
+
+
+def _write(weights: Weights, to: str, folder: Path, options: dict) -> dict[str, str]:
+    """Writes a folder and its checksum table; returns the sums."""
+    sums: dict[str, str] = {}
+
     def read(tensor: table.Tensor) -> np.ndarray:
-        nonlocal done
         array = weights.read(tensor)
         sums[tensor.hf] = proof.digest(array)
-        done += array.nbytes
-        progress(done, weights.nbytes)
         return array
 
     FORMATS[to].write(replace(weights, read=read), folder, **options)
@@ -225,6 +243,7 @@ def new_folder(dst: Path, nbytes: int) -> Iterator[Path]:
 
     Raises ValueError if `dst` is there already, or if the disk has not `nbytes` left.
     """
+    dst = dst.absolute()
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise ValueError(f"{dst} exists already; name a new folder, or remove it first")
     partial = dst.with_name(f"{dst.name}.partial")
