@@ -156,7 +156,10 @@ def test_new_rows_are_the_mean_of_the_old_ones(tmp_path, material, given):
     tokenizer = tmp_path / "longer.model" if given else None
     source, to = ("hf", tmp_path / "a"), ("orbax", tmp_path / "b")
     convert.convert(source, to, grow_vocab=True, tokenizer=tokenizer, verify=True, say=quiet)
-    assert Tokenizer(tmp_path / "b/tokenizer.model").eot_id == 515
+    grown = Tokenizer(tmp_path / "b/tokenizer.model")
+    assert grown.eot_id == 515
+    recipe = json.loads((tmp_path / "b/0/recipe/metadata").read_text())
+    assert recipe["tokenizer_fingerprint"] == grown.fingerprint
 
     old = convert.read_params(tmp_path / "a", say=quiet)[1]
     new_model, new = convert.read_params(tmp_path / "b", say=quiet)

@@ -201,7 +201,7 @@ def _tree_metadata(model: config.Model) -> dict:
 
 def _recipe(weights: Weights) -> dict:
     fingerprint = None
-    if weights.tokenizer and weights.tokenizer[0].name == "tokenizer.model":
+    if weights.tokenizer and weights.tokenizer[0].suffix == ".model":
         from codellama_jax import tokenizer
 
         fingerprint = tokenizer.Tokenizer(weights.tokenizer[0]).fingerprint
