@@ -107,6 +107,7 @@ def _loss_curve(place, stage: config.Stage, lines: Sequence[dict], colours: dict
     place.margins(y=0.15)
     place.set_xlabel("million tokens")
     place.set_xlim(left=0)
+    place.locator_params(axis="x", nbins=5)
 
 
 def _loss_legend(names: Sequence[str], colours: dict[str, str]) -> list:
@@ -121,8 +122,8 @@ def _loss_legend(names: Sequence[str], colours: dict[str, str]) -> list:
 
 
 def by_position(curves: Mapping[str, ByPosition], path: Path) -> None:
-    """Loss by position of some models, e.g. {"before": ..., "after": ...}, one band each (± 1.96
-    standard errors over documents); a line marks the longest row before the stage."""
+    """Loss by position of some models, e.g. {"before": ..., "after": ...}, each with a band of
+    1.96 standard errors of its shape; a line marks the longest row before the stage."""
     with _figure(path, width=7.2, height=4.2) as figure:
         place = figure.subplots()
         for (name, curve), colour in zip(curves.items(), _cycle([ORANGE, BLUE]), strict=False):

@@ -18,7 +18,8 @@ from codellama_jax.evals.heldout import ByPosition
 from codellama_jax.evals.infilling import Middles, Problem
 
 CONTEXT_LINES = 8  # shown on each side of an infill
-GENERATED_LINES = 6
+GENERATED_LINES = 6  # of an infill
+ANSWER_LINES = 40  # of a completion or an answer
 
 
 def write(run: results.Results, folder: str | Path) -> Path:
@@ -114,7 +115,11 @@ def _note_on_stages() -> str:
 
 
 def _long_context(result: results.LongContext) -> list[str]:
-    return ["![Loss by position](by_position.png)", results.long_context_words(result)]
+    note = (
+        "Both read the same rows. A band is 1.96 standard errors of the curve's shape: how it "
+        "goes, not how high it lies, which is a matter of the files."
+    )
+    return ["![Loss by position](by_position.png)", results.long_context_words(result), note]
 
 
 def _curves(result: results.LongContext) -> dict[str, ByPosition]:
@@ -183,10 +188,7 @@ def infill_text(problem: Problem, generated: str) -> str:
     """prefix / [generated] / suffix with the true line below the generated one."""
     before = _lines(problem.prefix)[-CONTEXT_LINES:]
     after = _lines(problem.suffix)[:CONTEXT_LINES]
-    written = _lines(generated) or [""]
-    if len(written) > GENERATED_LINES:
-        written = [*written[:GENERATED_LINES], "..."]
-    parts = [("prefix", before), ("[generated]", written)]
+    parts = [("prefix", before), ("[generated]", _written(generated, GENERATED_LINES))]
     parts += [("true line", _lines(problem.middle)), ("suffix", after)]
     return "\n".join(
         f"{label if first == 0 else '':<11} | {line}"
@@ -200,7 +202,7 @@ def _sample(sample: results.Sample, what: str) -> list[str]:
         f"The {what}, to `{sample.stage}`:",
         _fenced("\n".join(_lines(sample.prompt))),
         "and what it wrote:",
-        _fenced("\n".join(_lines(sample.answer)) or "(nothing)"),
+        _fenced("\n".join(_written(sample.answer))),
     ]
 
 
@@ -242,7 +244,9 @@ def show(run: results.Results, path: Path | None = None) -> None:
         console.print(Text(text, style="bold"))
 
     head("Held-out loss of every stage, nats per token")
-    console.print(_rich(*stage_table(run.stages, read_history(run))))
+    header, rows = stage_table(run.stages, read_history(run))
+    shown = [0, 2, 4, 5, 6, 7]  # what fits a terminal: not the parent, not tokens/s
+    console.print(_rich([header[i] for i in shown], [[row[i] for i in shown] for row in rows]))
     if run.long_context:
         head("Long context")
         say(results.long_context_words(run.long_context))
@@ -257,7 +261,7 @@ def show(run: results.Results, path: Path | None = None) -> None:
     for name, sample in (("Completion", run.completion), ("Chat", run.chat)):
         if sample:
             head(f"{name}, by {sample.stage}")
-            say("\n".join([*_lines(sample.prompt), "->", *_lines(sample.answer)]))
+            say("\n".join([*_lines(sample.prompt), "->", *_written(sample.answer)]))
     for export in run.exports:
         say(f"Exported to {export.path}: {_same(export)}.")
     if path:
@@ -305,6 +309,14 @@ def _lines(text: str) -> list[str]:
         "".join(c if c.isprintable() else "\ufffd" for c in line.rstrip("\r").expandtabs(4))
         for line in text.removesuffix("\n").split("\n")
     ]
+
+
+def _written(text: str, most: int = ANSWER_LINES) -> list[str]:
+    """Lines that a model wrote: without blank ones at the end, and not too many."""
+    if not text.strip():
+        return ["(nothing but blank lines)" if text else "(nothing)"]
+    lines = _lines(text.rstrip())
+    return lines if len(lines) <= most else [*lines[:most], "..."]
 
 
 def _duration(seconds: float) -> str:

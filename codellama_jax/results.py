@@ -82,13 +82,14 @@ class Results:
 def infilling_words(infilling: Infilling, model: config.Model, tokens: int) -> str:
     """An honest summary of the infilling numbers, for a model trained on `tokens`."""
     gain = infilling.middles.gain
+    plain = "plain reading from left to right"
     return " ".join(
         [
-            f"In SPM the right suffix {gain_words(gain['spm'])} against no suffix, "
-            f"{gain_words(gain['spm_over_plain'])} against reading plainly from left to right, and "
-            f"{gain_words(gain['spm_over_other'])} against the suffix of another document.",
-            f"In PSM it {gain_words(gain['psm'])} against no suffix, and "
-            f"{gain_words(gain['psm_over_plain'])} against reading plainly.",
+            f"In SPM the right suffix {gain_words(gain['spm'], 'no suffix')}; it "
+            f"{gain_words(gain['spm_over_other'], 'the suffix of another document')}, and "
+            f"{gain_words(gain['spm_over_plain'], plain)}.",
+            f"In PSM it {gain_words(gain['psm'], 'no suffix')}, and "
+            f"{gain_words(gain['psm_over_plain'], plain)}.",
             f"Of {infilling.middles.problems} lines, {_right(infilling.spm)} are written right in "
             f"SPM and {_right(infilling.psm)} in PSM.",
             _quality(infilling, model, tokens),
@@ -96,14 +97,14 @@ def infilling_words(infilling: Infilling, model: config.Model, tokens: int) -> s
     ).strip()
 
 
-def gain_words(gain: Interval) -> str:
-    """ "saves 0.0310 bits per byte (95% interval +0.0200 to +0.0420)", or costs, or neither."""
+def gain_words(gain: Interval, against: str) -> str:
+    """What a paired difference says, e.g. "saves 0.0310 bits per byte against no suffix (...)"."""
     interval = f"95% interval {gain.low:+.4f} to {gain.high:+.4f}"
     if gain.low > 0:
-        return f"saves {gain.mean:.4f} bits per byte ({interval})"
+        return f"saves {gain.mean:.4f} bits per byte against {against} ({interval})"
     if gain.high < 0:
-        return f"costs {-gain.mean:.4f} bits per byte ({interval})"
-    return f"makes no difference that these lines can show ({gain.mean:+.4f}, {interval})"
+        return f"costs {-gain.mean:.4f} bits per byte against {against} ({interval})"
+    return f"makes no measurable difference against {against} ({gain.mean:+.4f}, {interval})"
 
 
 def long_context_words(result: LongContext) -> str:
@@ -134,10 +135,13 @@ def _quality(infilling: Infilling, model: config.Model, tokens: int) -> str:
     best = max(infilling.spm.stripped, infilling.psm.stripped)
     if best >= 0.5:
         return ""
+    gain = infilling.middles.gain
+    uses = gain["spm"].low > 0 and gain["spm_over_other"].low > 0
     return (
-        f"So {'nearly all' if best < 0.1 else 'most'} of its lines are wrong: with "
-        f"{model.num_params / 1e6:,.1f} million parameters and {tokens / 1e6:,.1f} million tokens "
-        "it shows that the method works, and is no tool to write code with."
+        f"So {'nearly all' if best < 0.1 else 'most'} of its lines are wrong: after "
+        f"{tokens / 1e6:,.1f} million tokens a model of {model.num_params / 1e6:,.1f} million "
+        f"parameters {'does use' if uses else 'does not yet measurably use'} what stands after the "
+        "gap, and is no tool to write code with."
     )
 
 

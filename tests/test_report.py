@@ -138,13 +138,13 @@ def test_held_out_losses_stand_before_and_after_each_stage(run):
 @pytest.mark.parametrize(
     ("gain", "words"),
     [
-        (around(0.05), "saves 0.0500 bits per byte (95% interval +0.0400 to +0.0600)"),
-        (around(-0.05), "costs 0.0500 bits per byte (95% interval -0.0600 to -0.0400)"),
-        (around(0.005), "makes no difference that these lines can show (+0.0050, 95% interval"),
+        (around(0.05), "saves 0.0500 bits per byte against X (95% interval +0.0400 to +0.0600)"),
+        (around(-0.05), "costs 0.0500 bits per byte against X (95% interval -0.0600 to -0.0400)"),
+        (around(0.005), "makes no measurable difference against X (+0.0050, 95% interval"),
     ],
 )
 def test_a_gain_is_called_what_its_interval_says(gain, words):
-    assert results.gain_words(gain).startswith(words)
+    assert results.gain_words(gain, "X").startswith(words)
 
 
 def test_infilling_is_judged_by_its_numbers_alone(run):
@@ -152,8 +152,10 @@ def test_infilling_is_judged_by_its_numbers_alone(run):
     assert "In SPM the right suffix saves 0.0500" in text and "In PSM it costs 0.0200" in text
     assert "1 (25.0%) are written right in SPM and 0 (0.0%) in PSM" in text
     assert "most of its lines are wrong" in text and "4.0 million tokens" in text
+    assert "does use what stands after the gap" in text
     poor = results.infilling_words(infilling(-0.05), MODEL, 4_000_000)
     assert "In SPM the right suffix costs 0.0500" in poor and "saves" not in poor
+    assert "does not yet measurably use what stands after the gap" in poor
     good = replace(infilling(), spm=ExactMatch(4, 1.0, 1.0, 1.0, ["", "", "", ""]))
     assert "wrong" not in results.infilling_words(good, MODEL, 4_000_000)
 
@@ -194,6 +196,12 @@ def test_an_infill_is_shown_between_prefix_and_suffix_beside_the_true_line():
         "suffix      | ",
         "            | x = 1",
     ]
+
+
+def test_blank_output_is_called_so():
+    assert "[generated] | (nothing)" in report.infill_text(PROBLEMS[1], "")
+    blank = report.infill_text(PROBLEMS[1], "\n" * 50)
+    assert "[generated] | (nothing but blank lines)\ntrue line" in blank
 
 
 def test_what_a_model_writes_cannot_break_the_report(run):

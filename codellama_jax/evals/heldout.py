@@ -119,9 +119,9 @@ class ByPosition:
 
     edges: list[int]
     mean: list[float]  # nats per token
-    error: list[float]  # bootstrap standard error over documents
+    error: list[float]  # bootstrap standard error over documents, each row's level taken out
     documents: int
-    windows: int  # rows of `length` tokens cut from these documents
+    windows: int  # rows cut from these documents
     old_length: int | None  # the longest row before the long-context stage
     past: bootstrap.Interval | None  # loss past old_length less that in the half before it
 
@@ -138,13 +138,15 @@ def by_position(
     corpus_name: str = "code_files",
     old_length: int | None = None,
     buckets: int = 16,
-    max_windows: int = 64,
+    max_windows: int = 96,
 ) -> ByPosition:
     """The loss by position in rows of `length` tokens, all of one document each (section 3.3).
 
-    Every held-out document of at least `length` tokens gives one row, and long ones more (at most
-    4) while rows are missing to max_windows; the rows are the same for every model. `model` may
-    have been trained on shorter rows: it is read with max_seq_len=length, its rope_theta as it is.
+    Every held-out document of at least `length` tokens gives one row, and longer ones more, a
+    quarter of a row further on each, up to max_windows in all. So most of the text is scored at
+    early positions and at late ones, and what differs between positions is hardly the text. The
+    rows are the same for every model. `model` may have been trained on shorter rows: it is read
+    with max_seq_len=length, its rope_theta as it is.
 
     Raises ValueError where no held-out document is long enough, and for a length that does not
     divide into `buckets`.
@@ -159,15 +161,15 @@ def by_position(
     nll = nll.astype(np.float64)
     width = length // buckets
     by_bucket = nll.reshape(len(nll), buckets, width).mean(axis=2)  # [windows, buckets]
-    curve = [bootstrap.interval(column, groups=documents) for column in by_bucket.T]
+    shape = by_bucket - by_bucket.mean(axis=1, keepdims=True)
     past = None
     if old_length is not None:
         change = nll[:, old_length:].mean(1) - nll[:, old_length // 2 : old_length].mean(1)
         past = bootstrap.interval(change, groups=documents)
     return ByPosition(
         edges=list(range(0, length + 1, width)),
-        mean=[i.mean for i in curve],
-        error=[i.error for i in curve],
+        mean=by_bucket.mean(axis=0).tolist(),
+        error=[bootstrap.interval(column, groups=documents).error for column in shape.T],
         documents=len(set(documents)),
         windows=len(nll),
         old_length=old_length,
@@ -178,16 +180,17 @@ def by_position(
 def _windows(corpus_dir, tokenizer, name: str, length: int, count: int) -> tuple[Row, list[int]]:
     """Rows of BOS and `length` consecutive tokens, and the document each is from."""
     split = corpus.open(corpus_dir, tokenizer).split(name, "heldout")
-    fitting = (np.asarray(split.lengths, np.int64) - 1) // length  # windows in each document
+    stride = max(length // 4, 1)
+    fitting = (np.asarray(split.lengths, np.int64) - 1 - length) // stride + 1  # of each document
     config.check(
         bool((fitting > 0).any()),
         f"no held-out document of corpus {name!r} has more than {length} tokens; the longest has "
         f"{max(split.lengths, default=0)}",
     )
-    places = [(n, i) for n in range(4) for i in np.flatnonzero(fitting > n)][:count]
+    places = [(n, i) for n in range(max(fitting)) for i in np.flatnonzero(fitting > n)][:count]
     texts = []
     for number, document in places:
-        record, start = split.record(int(document)), 1 + number * length
+        record, start = split.record(int(document)), 1 + number * stride
         counts = record.get("chunk_tokens", [int(split.lengths[document]) - 2])  # no BOS, no EOS
         texts.append(tokens.encode_slice(tokenizer, record["text"], counts, start, start + length))
     ids = np.insert(np.array(texts, np.int32), 0, tokenizer.bos_id, axis=1)

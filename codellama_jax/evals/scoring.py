@@ -11,7 +11,8 @@ from codellama_jax import config, sharding, state, step
 from codellama_jax.data.rows import Row
 from codellama_jax.model import Compute
 
-TOKENS_PER_DEVICE = 8_192  # scored at once, or one row where that is longer
+# Scored at once on a device, or one row where that is longer. On a CPU they stay in the caches.
+TOKENS_PER_DEVICE = {"cpu": 1_024, "tpu": 8_192, "gpu": 8_192}
 
 
 def losses(
@@ -31,7 +32,8 @@ def losses(
     """
     num_rows, length = rows["tokens"].shape
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    per_device = min(-(-num_rows // ways), max(1, TOKENS_PER_DEVICE // (length - 1)))
+    at_once = TOKENS_PER_DEVICE[mesh.devices.flat[0].platform]
+    per_device = min(-(-num_rows // ways), max(1, at_once // (length - 1)))
     batch = ways * per_device
     score = _compiled(model, layout, isolated, mesh)
     params = jax.device_put(params, state.param_shardings(model, mesh))  # a view if they lie there
