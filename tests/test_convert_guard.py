@@ -11,8 +11,10 @@ from convert_fixture import GQA, write
 
 from codellama_jax import convert
 from codellama_jax.convert import guard, huggingface, meta, proof, table
+from codellama_jax.convert.official import OFFICIAL as OFFICIAL_MODELS
+from codellama_jax.convert.official import describe
 
-OFFICIAL = {official.name: official for official in guard.OFFICIAL}
+OFFICIAL = {official.name: official for official in OFFICIAL_MODELS}
 NAMES = {
     "7b": "Code Llama 7B (base or Instruct)",
     "7b-python": "Code Llama 7B Python",
@@ -70,7 +72,7 @@ def published(kind, name):
 def test_every_official_model_is_known_by_its_name(tmp_path, kind, name):
     model, _ = settle(kind, name, {}, tmp_path)
     assert model == OFFICIAL[NAMES[name]].model
-    assert guard.describe(model).startswith(NAMES[name])
+    assert describe(model).startswith(NAMES[name])
 
 
 # fmt: off
@@ -226,6 +228,12 @@ def test_settings_that_are_no_json_are_shown(meta4, hf4):
     assert "params.json is no JSON object; it begins '<html><head><title>403" in refusal(meta4)
     (hf4 / "config.json").write_text("[]")
     assert "config.json is no JSON object" in refusal(hf4)
+
+
+def test_a_setting_that_is_no_number_is_shown(meta4, hf4):
+    for path, name in ((meta4 / "params.json", "dim"), (hf4 / "config.json", "vocab_size")):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: "64"}))
+        assert f"{name} is '64', which is not a number" in refusal(path.parent)
 
 
 def test_a_head_width_that_the_tensors_contradict_is_refused(outside_material, tmp_path):

@@ -26,7 +26,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a clone that is not installed
 
 from codellama_jax import config
-from codellama_jax.convert import guard, run, weights
+from codellama_jax.convert import official, run, weights
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
 def bench(model: config.Model, path: list[str], folder: Path) -> None:
     source = random_weights(model)
     largest = 2 * max(np.prod(source.shape(t)) for t in weights.table.tensors(model))
-    print(f"{guard.describe(model)}\n{source.nbytes / 1e9:.2f} GB in bfloat16")
+    print(f"{official.describe(model)}\n{source.nbytes / 1e9:.2f} GB in bfloat16")
     limit = (3 * largest >> 20) + 1024
     print(f"largest tensor {largest >> 20:,} MiB; three of them and 1 GiB: {limit:,} MiB\n")
     (folder / path[0]).mkdir()

@@ -10,11 +10,13 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 
 from codellama_jax import config
 from codellama_jax.convert import table
+from codellama_jax.convert.official import OFFICIAL, Official, describe
 
 CHECKS = {
     "sizes": "width, layers or heads that contradict the tensors or the official model",
@@ -91,53 +93,12 @@ class Declared:
     default_eps: float = 1e-5  # what the format's own code takes where it is missing
 
 
-# -- the official models -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Official:
-    name: str
-    size: str
-    vocab_size: int
-    rope_theta: float
-    max_seq_len: int
-
-    @property
-    def model(self) -> config.Model:
-        return replace(
-            config.SIZES[self.size],
-            vocab_size=self.vocab_size,
-            rope_theta=self.rope_theta,
-            max_seq_len=self.max_seq_len,
-        )
-
-
-# fmt: off
-OFFICIAL = (
-    Official("Llama 2 7B (base or chat)",            "7b",  32_000, 1e4, 4_096),
-    Official("Llama 2 13B (base or chat)",           "13b", 32_000, 1e4, 4_096),
-    Official("Llama 2 70B (base or chat)",           "70b", 32_000, 1e4, 4_096),
-    Official("Code Llama 7B (base or Instruct)",     "7b",  32_016, 1e6, 16_384),
-    Official("Code Llama 13B (base or Instruct)",    "13b", 32_016, 1e6, 16_384),
-    Official("Code Llama 7B Python",                 "7b",  32_000, 1e6, 16_384),
-    Official("Code Llama 13B Python",                "13b", 32_000, 1e6, 16_384),
-    Official("Code Llama 34B (base, Python or Instruct)", "34b", 32_000, 1e6, 16_384),
-    Official("Code Llama 70B (base)",                "70b", 32_016, 1e6, 16_384),
-    Official("Code Llama 70B (Python or Instruct)",  "70b", 32_016, 1e4, 4_096),
-)
-# fmt: on
-
-
-def describe(model: config.Model) -> str:
-    """One line: which official model this is, or that it is none; and its numbers."""
-    names = [o.name for o in OFFICIAL if o.model == model]
-    return (
-        f"{names[0] if names else 'no official model'}: {model.num_params:,} parameters, "
-        f"{model.num_layers} layers, width {model.dim:,}, {model.num_heads} heads over "
-        f"{model.num_kv_heads} key/value heads, vocabulary {model.vocab_size:,}, "
-        f"rotary base {model.rope_theta:,.0f}, context {model.max_seq_len:,}"
-        + (", tied embeddings" if model.tied_embeddings else "")
-    )
+def check_numbers(settings: dict, names: set[str], where: Path) -> None:
+    """Raises ValueError if one of `names` has a value that is not a number."""
+    for name in sorted(names & settings.keys()):
+        value = settings[name]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{where}: {name} is {value!r}, which is not a number")
 
 
 # -- settings against shapes -------------------------------------------------------------------

@@ -21,6 +21,7 @@ def read(folder: Path, findings: guard.Findings) -> Weights:
     """The weights in `folder`. Raises ValueError for whatever guard finds wrong with them."""
     entries = _entries(folder)
     settings = read_json(folder / "config.json")
+    guard.check_numbers(settings, NUMBERS, folder / "config.json")
     declared = _declared(settings, findings)
     findings.settle()
     if declared.tied_embeddings and "lm_head.weight" in entries:
@@ -83,6 +84,10 @@ def _drop_tied_output(entries: dict[str, pth.Entry], findings: guard.Findings) -
     del entries["lm_head.weight"]
 
 
+NUMBERS = {
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta",
+}  # fmt: skip
 # What must hold of config.json for our forward pass to be transformers'.
 FIXED = {
     "model_type": ("llama",),

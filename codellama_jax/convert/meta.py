@@ -129,6 +129,7 @@ def _check_head_width(shard, declared: guard.Declared, findings: guard.Findings)
 
 def _declared(path: Path, findings: guard.Findings) -> guard.Declared:
     params = read_json(path)
+    guard.check_numbers(params, PARAMS, path)
     unknown = sorted(set(params) - PARAMS)
     if unknown:
         findings.wrong("extra", f"{path.name} has settings no Llama 2 has: {', '.join(unknown)}")

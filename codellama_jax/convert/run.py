@@ -15,7 +15,16 @@ from pathlib import Path
 import numpy as np
 
 from codellama_jax import config
-from codellama_jax.convert import guard, huggingface, meta, orbax, proof, table, vocabulary
+from codellama_jax.convert import (
+    guard,
+    huggingface,
+    meta,
+    official,
+    orbax,
+    proof,
+    table,
+    vocabulary,
+)
 from codellama_jax.convert import weights as weights_
 from codellama_jax.convert.weights import Weights
 
@@ -55,7 +64,7 @@ def convert(
     _check_options(kind, to, shards, shard_bytes)
     findings = guard.Findings(tuple(allow), say)
     weights = FORMATS[kind].read(Path(folder), findings)
-    say(f"source: {guard.describe(weights.model)}, {weights.dtype}")
+    say(f"source: {official.describe(weights.model)}, {weights.dtype}")
     if verify and kind == "meta":
         meta.check_checklist(Path(folder), findings)
         findings.settle()
@@ -128,7 +137,7 @@ def variant(path: str | os.PathLike) -> str:
 
     Reads settings and headers, no weights. Raises ValueError for what does not fit together.
     """
-    return guard.describe(_open(Path(path), guard.Findings(say=_silent)).model)
+    return official.describe(_open(Path(path), guard.Findings(say=_silent)).model)
 
 
 def _open(folder: Path, findings: guard.Findings) -> Weights:
