@@ -335,7 +335,7 @@ def test_loss_by_position_sees_rope_theta(prepared, model, mesh):
 
 def test_windows_are_overlapping_pieces_of_one_document(prepared):
     tok, folder = prepared
-    rows, documents = heldout._windows(folder, tok, "code_files", 256, 64)
+    rows, documents = heldout._windows(folder, tok, "code_files", 256, 64, 64)
     split = corpus.open(folder, tok).split("code_files", "heldout")
     sizes = [len(split.record(document)["text"]) for document in documents]
     assert min(sizes) < 4_096 < max(sizes)
@@ -344,7 +344,7 @@ def test_windows_are_overlapping_pieces_of_one_document(prepared):
     for row, document in zip(rows["tokens"], documents, strict=True):
         assert row[0] == tok.bos_id
         text = split.record(document)["text"]
-        if document in last:  # a quarter of a row further on
+        if document in last:  # the stride further on
             assert (row[1:193] == last[document][65:]).all()
             assert tok.decode_infilling(row[1:]) in text
         else:
@@ -356,7 +356,7 @@ def test_a_length_that_no_document_has_is_refused_with_the_longest(prepared, mod
     tok, folder = prepared
     with pytest.raises(ValueError, match="more than 1048576 tokens; the longest has [0-9]+"):
         heldout.by_position(model, zeros, folder, tok, mesh, length=2**20, layout=LAYOUT)
-    with pytest.raises(ValueError, match="length=100 does not divide into buckets=16"):
+    with pytest.raises(ValueError, match="length=100 does not divide into buckets=8"):
         heldout.by_position(model, zeros, folder, tok, mesh, length=100, layout=LAYOUT)
 
 

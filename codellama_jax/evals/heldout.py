@@ -137,16 +137,16 @@ def by_position(
     layout: config.Layout,
     corpus_name: str = "code_files",
     old_length: int | None = None,
-    buckets: int = 16,
+    buckets: int = 8,
     max_windows: int = 96,
 ) -> ByPosition:
     """The loss by position in rows of `length` tokens, all of one document each (section 3.3).
 
-    Every held-out document of at least `length` tokens gives one row, and longer ones more, a
-    quarter of a row further on each, up to max_windows in all. So most of the text is scored at
-    early positions and at late ones, and what differs between positions is hardly the text. The
-    rows are the same for every model. `model` may have been trained on shorter rows: it is read
-    with max_seq_len=length, its rope_theta as it is.
+    Every held-out document of at least `length` tokens gives one row, and longer ones more, one
+    bucket further on each, up to max_windows in all. So most of the text is scored in many buckets,
+    and what differs between positions is hardly the text. The rows are the same for every model.
+    `model` may have been trained on shorter rows: it is read with max_seq_len=length, its
+    rope_theta as it is.
 
     Raises ValueError where no held-out document is long enough, and for a length that does not
     divide into `buckets`.
@@ -155,11 +155,11 @@ def by_position(
         length % buckets == 0,
         f"length={length} does not divide into buckets={buckets} of equal width",
     )
-    rows, documents = _windows(corpus_dir, tokenizer, corpus_name, length, max_windows)
+    width = length // buckets
+    rows, documents = _windows(corpus_dir, tokenizer, corpus_name, length, width, max_windows)
     wide = replace(model, max_seq_len=length)
     nll, _ = scoring.losses(wide, params, rows, layout=layout, mesh=mesh)
     nll = nll.astype(np.float64)
-    width = length // buckets
     by_bucket = nll.reshape(len(nll), buckets, width).mean(axis=2)  # [windows, buckets]
     shape = by_bucket - by_bucket.mean(axis=1, keepdims=True)
     past = None
@@ -177,10 +177,11 @@ def by_position(
     )
 
 
-def _windows(corpus_dir, tokenizer, name: str, length: int, count: int) -> tuple[Row, list[int]]:
+def _windows(
+    corpus_dir, tokenizer, name: str, length: int, stride: int, count: int
+) -> tuple[Row, list[int]]:
     """Rows of BOS and `length` consecutive tokens, and the document each is from."""
     split = corpus.open(corpus_dir, tokenizer).split(name, "heldout")
-    stride = max(length // 4, 1)
     fitting = (np.asarray(split.lengths, np.int64) - 1 - length) // stride + 1  # of each document
     config.check(
         bool((fitting > 0).any()),
