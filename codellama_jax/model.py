@@ -45,7 +45,7 @@ class Compute(NamedTuple):
 
     @classmethod
     def of(cls, layout: config.Layout, platform: str) -> "Compute":
-        kernel = attention.kernel(layout.attention, platform)
+        kernel = attention.kernel(layout.attention, platform, layout.compute_dtype)
         return cls(jnp.dtype(layout.compute_dtype), layout.remat, kernel, layout.scan_layers)
 
 
@@ -79,7 +79,8 @@ class Llama(nnx.Module):
         positions_BT count from 0 in each document. With caches, `layers` must be a list; the keys
         and values of the tokens are written at their positions before they are read.
         """
-        x_BTD = self.tok_embeddings[...].astype(compute.dtype)[tokens_BT]
+        # looked up, then rounded: the gradient sums thousands of uses of a common token in float32
+        x_BTD = self.tok_embeddings[...][tokens_BT].astype(compute.dtype)
         x_BTD = sharding.constrain(x_BTD, "batch", "length", None)
         rope = rope_table(positions_BT, self.model)
         if caches is not None:

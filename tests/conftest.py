@@ -5,13 +5,17 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    "--xla_force_host_platform_device_count=8"
+    " --xla_backend_optimization_level=0 "  # tests compile more than they compute: half the time
+    + os.environ.get("XLA_FLAGS", "")
 )
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# many steps in flight over fake devices can starve one another's collectives of threads
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 MATERIAL = Path(__file__).parent / "material"
 

@@ -1,5 +1,6 @@
 """A tiny model, a stage of it, and packed rows of random tokens, for the tests of the spine."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -91,6 +92,7 @@ def random_batch(num_rows: int = 8, capacity: int = 33, seed: int = 0) -> dict[s
     return batch(rows, capacity)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def params(model: config.Model = MODEL, seed: int = 0) -> state.Params:
     """Random weights of ordinary size, norms too, so that nothing is hidden by small numbers."""
     made = state.init_params(model, seed)
