@@ -133,7 +133,7 @@ class refusals:
 
 
 def _short(count: int) -> str:
-    for unit, size in (("B", config.B), ("M", config.M), ("k", config.K)):
+    for unit, size in (("T", 1_000 * config.B), ("B", config.B), ("M", config.M), ("k", config.K)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return str(count)

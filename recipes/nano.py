@@ -11,6 +11,7 @@ The corpus is what every Python machine has: the standard library. Run again aft
 it goes on where it was. The end is WORKDIR/report.md: what the model learned, and what it did not.
 """
 
+import functools
 import os
 import sys
 import time
@@ -86,6 +87,7 @@ def stages(vocab_size: int = VOCAB_SIZE) -> dict[str, Stage]:
         name="instruct",
         start_from="long_context",
         layout=code.layout,
+        eval_rows=code.eval_rows,
         data=replace(
             code.data,
             mix={"dialogues": 0.92, "code": 0.06, "language": 0.02},  # sec. 2.5
@@ -241,79 +243,98 @@ TRAINING_SHARE = 0.75  # of a large matrix product's speed, that training reache
 SECONDS_PER_STAGE = 25  # compiling, held-out losses, checkpoints, and a share of the judging
 
 
-def finish(plan: dict[str, Stage], workdir: Path, tokenizer, began: float) -> None:
-    """Judges the weights, exports them, and writes the report."""
-    from codellama_jax import checkpoint, generate, report, results, sharding
-    from codellama_jax.evals import heldout, infilling
-
-    corpus_dir, code = workdir / "corpus", plan["code"]
-    mesh = sharding.make_mesh(code.layout)
-    params = {name: checkpoint.restore_params(workdir / name, plan[name].model) for name in plan}
-
-    # -- long context: loss by position, before and after ----------------------------------------
-    print("Judging: loss by position", flush=True)
-    by_position = {
-        name: heldout.by_position(
-            plan[name].model,
-            params[name],
-            corpus_dir,
-            tokenizer,
-            mesh,
-            length=4 * SEQ_LEN,
-            layout=code.layout,
-            old_length=SEQ_LEN,
-        )
-        for name in ("code", "long_context")
-    }
-    long_context = results.LongContext("code", "long_context", *by_position.values())
-
-    # -- infilling: held-out lines, scored and written -------------------------------------------
-    print("Judging: infilling of held-out lines", flush=True)
-    problems = infilling.problems(
-        corpus_dir, tokenizer, count=LINES, max_tokens=SEQ_LEN - MAX_NEW_TOKENS, seed=0
-    )
-    middles = infilling.bits_per_byte(
-        code.model, params["code"], tokenizer, problems, layout=code.layout, mesh=mesh
-    )
-    llama = generate.CodeLlama(code.model, params["code"], tokenizer)
-    psm, spm = (
-        infilling.exact_match(llama, problems, suffix_first, MAX_NEW_TOKENS)
-        for suffix_first in (False, True)
-    )
-
-    # -- one completion, one answer --------------------------------------------------------------
-    completion = llama.complete(PROMPT, max_new_tokens=96, temperature=0.0)
-    answering = generate.CodeLlama(plan["instruct"].model, params["instruct"], tokenizer)
-    answer = answering.chat(
-        [{"role": "user", "content": QUESTION}], max_new_tokens=96, temperature=0.0
-    )
-
-    # -- export, and read it back ----------------------------------------------------------------
-    print("Exporting to Hugging Face format", flush=True)
-    exports = [
-        export(plan[name], params[name], workdir, tokenizer)
-        for name in ("long_context", "python_long_context", "instruct")
-    ]
-
-    run = results.Results(
-        title="A nano Code Llama",
-        command="python recipes/nano.py " + " ".join(sys.argv[1:]),
-        workdir=str(workdir),
-        stages=list(plan.values()),
-        seconds=time.monotonic() - began,
-        long_context=long_context,
-        infilling=results.Infilling("code", problems, middles, psm, spm),
-        completion=results.Sample("code", PROMPT, completion),
-        chat=results.Sample("instruct", QUESTION, answer),
-        exports=exports,
-    )
-    report.show(run, report.write(run, workdir))
-
-
 LINES = 400  # held-out lines to infill
 MAX_NEW_TOKENS = 48
 PROMPT = "def read_json(path):\n    "
 QUESTION = "Write a function `close` that closes the file."
+
+
+def finish(plan: dict[str, Stage], workdir: Path, tokenizer, began: float) -> None:
+    """Judges the weights, exports them, and writes the report."""
+    from codellama_jax import checkpoint, generate, report, results
+
+    params = {name: checkpoint.restore_params(workdir / name, plan[name].model) for name in plan}
+    llama, answering = (
+        generate.CodeLlama(plan[name].model, params[name], tokenizer)
+        for name in ("code", "instruct")
+    )
+    skipped: dict[str, str] = {}
+
+    def attempt(part: str, judge):
+        """A tree of one's own may have nothing to judge by; then the report says so."""
+        try:
+            return judge(plan, params, workdir / "corpus", tokenizer)
+        except ValueError as error:
+            skipped[part] = str(error)
+
+    print("Judging: loss by position", flush=True)
+    long_context = attempt("long_context", judge_long_context)
+    print(f"Judging: {LINES} held-out lines infilled, in both orders", flush=True)
+    infilled = attempt("infilling", functools.partial(judge_infilling, llama))
+    print("Judging: a completion and an answer", flush=True)
+    completion = llama.complete(PROMPT, max_new_tokens=96, temperature=0.0)
+    question = [{"role": "user", "content": QUESTION}]
+    answer = answering.chat(question, max_new_tokens=96, temperature=0.0)
+    print("Exporting to Hugging Face format, and reading it back", flush=True)
+    exports = [
+        export(plan[name], params[name], workdir, tokenizer)
+        for name in ("long_context", "python_long_context", "instruct")
+    ]
+    run = results.Results(
+        title="A nano Code Llama",
+        command=" ".join(["python recipes/nano.py", *sys.argv[1:]]),
+        workdir=str(workdir),
+        stages=list(plan.values()),
+        seconds=time.monotonic() - began,
+        long_context=long_context,
+        infilling=infilled,
+        completion=results.Sample("code", PROMPT, completion),
+        chat=results.Sample("instruct", QUESTION, answer),
+        exports=exports,
+        skipped=skipped,
+    )
+    report.show(run, report.write(run, workdir))
+
+
+def judge_long_context(plan, params, corpus_dir: Path, tokenizer):
+    """Loss by position before and after long context, on the same held-out files (fig. 4a)."""
+    from codellama_jax import results, sharding
+    from codellama_jax.evals import heldout
+
+    curves = [
+        heldout.by_position(
+            plan[name].model,
+            params[name],
+            corpus_dir,
+            tokenizer,
+            sharding.make_mesh(plan[name].layout),
+            length=4 * SEQ_LEN,
+            layout=plan[name].layout,
+            old_length=SEQ_LEN,
+        )
+        for name in ("code", "long_context")
+    ]
+    return results.LongContext("code", "long_context", *curves)
+
+
+def judge_infilling(llama, plan, params, corpus_dir: Path, tokenizer):
+    """Held-out lines: how well they are expected in every form, and how many are written right."""
+    from codellama_jax import results, sharding
+    from codellama_jax.evals import infilling
+
+    code = plan["code"]
+    problems = infilling.problems(
+        corpus_dir, tokenizer, count=LINES, max_tokens=SEQ_LEN - MAX_NEW_TOKENS, seed=0
+    )
+    mesh = sharding.make_mesh(code.layout)
+    middles = infilling.bits_per_byte(
+        code.model, params["code"], tokenizer, problems, layout=code.layout, mesh=mesh
+    )
+    psm, spm = (
+        infilling.exact_match(llama, problems, suffix_first, MAX_NEW_TOKENS)
+        for suffix_first in (False, True)
+    )
+    return results.Infilling("code", problems, middles, psm, spm)
 
 
 def export(stage: Stage, params, workdir: Path, tokenizer):
