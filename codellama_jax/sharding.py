@@ -17,6 +17,7 @@ MESH_AXES = ("data", "fsdp", "tensor", "context")
 
 AXIS_RULES = {
     # weights
+    "layers": None,
     "embed": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",
@@ -31,8 +32,14 @@ AXIS_RULES = {
 def make_mesh(layout: config.Layout, devices: list | None = None) -> Mesh:
     """The mesh of `layout` over `devices` (default: all of them).
 
-    Raises ValueError when the sizes of the axes do not multiply to the number of devices.
+    Raises ValueError when the sizes of the axes do not multiply to the number of devices, and for
+    the context axis: a sequence is not split yet.
     """
+    config.check(
+        layout.context == 1,
+        f"context={layout.context}: splitting a sequence over devices is not there yet; "
+        "use context=1 and more fsdp or tensor, or remat='full'",
+    )
     devices = jax.devices() if devices is None else devices
     sizes = [layout.data, layout.fsdp, layout.tensor, layout.context]
     if layout.fsdp == -1:
@@ -53,7 +60,7 @@ def make_mesh(layout: config.Layout, devices: list | None = None) -> Mesh:
 
 def spec(*axes: str | None) -> P:
     """The placement of an array whose dims have these logical names; None is never split."""
-    return P(*(AXIS_RULES.get(axis) if axis else None for axis in axes))
+    return P(*(AXIS_RULES[axis] if axis else None for axis in axes))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
