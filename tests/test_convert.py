@@ -172,6 +172,14 @@ def test_the_checksum_table_is_the_same_in_every_format(tmp_path, kind):
     assert tables[0] == tables[1]
 
 
+def test_checking_needs_a_table(tmp_path):
+    folder = write(tmp_path / "a", "hf", GQA)
+    convert.check(folder)
+    (folder / "checksums.json").unlink()
+    with pytest.raises(ValueError, match="no checksums.json beside"):
+        convert.check(folder)
+
+
 @pytest.mark.parametrize("kind", ["meta", "hf", "orbax"])
 def test_a_flipped_bit_is_noticed_on_load(tmp_path, kind):
     folder = write(tmp_path / "a", kind, GQA)
@@ -179,8 +187,9 @@ def test_a_flipped_bit_is_noticed_on_load(tmp_path, kind):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="is not the tensor that checksums.json"):
-        convert.read_params(folder, say=quiet)
+    for read in (convert.check, convert.read_params):
+        with pytest.raises(ValueError, match="is not the tensor that checksums.json"):
+            read(folder)
     convert.read_params(folder, allow=("checksums",), say=quiet)
 
 
@@ -201,6 +210,29 @@ def test_verify_checks_metas_own_checklist(tmp_path):
     with pytest.raises(ValueError, match="consolidated.00.pth has not the MD5"):
         convert.convert(destination=("hf", tmp_path / "b"), **jobs)
     convert.convert(destination=("hf", tmp_path / "b"), allow=("checklist",), **jobs)
+
+
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_a_checkpoint_with_a_lost_or_truncated_chunk_is_refused(tmp_path, damage):
+    """Even without our checksums. A chunk that is not there must not read as zeros."""
+    folder = write(tmp_path / "a", "orbax", GQA)
+    (folder / "checksums.json").unlink()
+    chunk = folder / "0/params/layers.feed_forward.w1/1.0.0"
+    content = chunk.read_bytes()
+    chunk.unlink() if damage == "missing" else chunk.write_bytes(content[:-2])
+    with pytest.raises(ValueError, match=r"layers\.feed_forward\.w1"):
+        convert.read_params(folder)
+
+
+def test_the_command_line_says_what_is_wrong_in_a_sentence(tmp_path):
+    tool = Path(__file__).parents[1] / "tools" / "convert_weights.py"
+    write(tmp_path / "a", "hf", GQA)
+    (tmp_path / "a/config.json").write_text("not found")
+    command = [sys.executable, tool, "--from", "hf", tmp_path / "a", "--to", "meta", tmp_path / "b"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout.strip() == ""
+    assert done.stderr.startswith("error: ") and "is no JSON object; it begins" in done.stderr
+    assert os.listdir(tmp_path) == ["a"]
 
 
 # -- whole or absent ---------------------------------------------------------------------------

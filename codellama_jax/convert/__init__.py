@@ -10,6 +10,6 @@ proof         SHA-256 sums beside the weights
 run           convert(), and the two ways between a folder and memory
 """
 
-from codellama_jax.convert.run import FORMATS, convert, export_hf, read_params, variant
+from codellama_jax.convert.run import FORMATS, check, convert, export_hf, read_params, variant
 
-__all__ = ["FORMATS", "convert", "export_hf", "read_params", "variant"]
+__all__ = ["FORMATS", "check", "convert", "export_hf", "read_params", "variant"]

@@ -97,7 +97,8 @@ def _open(params: Path, row: table.Row, model: config.Model):
         store = {"driver": "ocdbt", "base": base, "path": f"{row.ours}/"}
     driver = "zarr3" if about.get("use_zarr3") else "zarr"
     try:
-        array = tensorstore.open({"driver": driver, "kvstore": store}, read=True).result()
+        spec = {"driver": driver, "kvstore": store, "fill_missing_data_reads": False}
+        array = tensorstore.open(spec, read=True).result()
     except ValueError as error:
         raise ValueError(f"{params} has no {row.ours} ({error})") from None
     expected = table.shape(row.ours_axes, table.sizes(model))

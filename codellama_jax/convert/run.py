@@ -132,6 +132,19 @@ def export_hf(
         _write(weights, "hf", partial, {"shard_bytes": shard_bytes})
 
 
+def check(path: str | os.PathLike) -> None:
+    """Reads every tensor at `path` and compares it with the checksum table beside it.
+
+    Raises ValueError naming the first tensor that is not finite or not the one in the table, and
+    if there is no table. Reading into memory (read_params) does the same on the way.
+    """
+    folder = Path(path)
+    weights = _open(folder, guard.Findings(say=_silent))
+    if proof.read(folder) is None and proof.read(folder.parent) is None:
+        raise ValueError(f"there is no {proof.NAME} beside {folder} to compare with")
+    proof.sums_of(weights)
+
+
 def variant(path: str | os.PathLike) -> str:
     """One line: which official model lies at `path`, or that it is none; and its numbers.
 
