@@ -1,10 +1,8 @@
-"""The pure part of training: loss, one optimizer step, one evaluation step.
+"""The pure part of training: the loss, and one optimizer step.
 
 The loss of a step is a sum over target tokens divided by their count, so it does not depend on the
 mesh, on gradient accumulation, or on how documents were packed.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,18 +48,6 @@ def make_train_step(stage: config.Stage, platform: str):
         return state.TrainState(train_state.step + 1, params, opt_state), metrics
 
     return train_step
-
-
-def make_eval_step(stage: config.Stage, platform: str):
-    """Returns eval_step(params, Batch) -> (nll_BT, mask_BT): losses per position in nats."""
-    compute = Compute.of(stage.layout, platform)
-    isolated = not stage.data.attend_across_documents
-
-    def eval_step(params, batch: Batch):
-        llama = state.bind(stage.model, params)
-        return token_losses(llama, batch, compute, stage.layout.loss_chunk, isolated)
-
-    return eval_step
 
 
 def accumulate(loss_sum, params, batch: Batch, microbatches: int):
@@ -131,9 +117,3 @@ def chunked_cross_entropy(
     if whole < T:
         nll_BT = jnp.concatenate([nll_BT, losses(x_BTD[:, whole:], targets_BT[:, whole:])], axis=1)
     return nll_BT
-
-
-def summary(nll: Any, mask: Any) -> tuple[float, int]:
-    """Mean loss per target (nats) and number of targets of host arrays."""
-    count = int(mask.sum())
-    return float(nll.sum()) / max(count, 1), count

@@ -162,10 +162,8 @@ def test_a_step_does_not_depend_on_mesh_and_accumulation(microbatches, axes):
     assert metrics["tokens"] == want_metrics["tokens"] == tiny.random_batch(16)["loss_mask"].sum()
     for name in ("loss", "grad_norm", "learning_rate"):
         np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=2e-6, err_msg=name)
-    pairs = jax.tree.map(lambda a, b: (a, b), gradients, want_gradients)
-    for path, (got, want) in jax.tree.leaves_with_path(
-        pairs, is_leaf=lambda x: isinstance(x, tuple)
-    ):
+    leaves = zip(jax.tree.leaves_with_path(gradients), jax.tree.leaves(want_gradients), strict=True)
+    for (path, got), want in leaves:
         error = np.linalg.norm(got - want) / np.linalg.norm(want)
         assert error < 1e-5, jax.tree_util.keystr(path)
     for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(want_params), strict=True):
