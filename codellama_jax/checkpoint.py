@@ -6,6 +6,7 @@
 <workdir>/<stage>/tokenizer.model    the tokenizer the weights speak
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import logging
@@ -65,12 +66,13 @@ class Checkpoints:
     def restore(self, abstract: state.TrainState) -> state.TrainState:
         """The newest state, placed as `abstract` says (shapes, dtypes, shardings)."""
         step = self.latest()
-        saved = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=_restore(abstract.params), opt_state=_restore(abstract.opt_state)
-            ),
-        )
+        with _readable(self.folder / str(step)):
+            saved = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=_restore(abstract.params), opt_state=_restore(abstract.opt_state)
+                ),
+            )
         counter = jax.device_put(np.int32(step), abstract.step.sharding)
         return state.TrainState(counter, saved.params, saved.opt_state)
 
@@ -85,35 +87,58 @@ def _restore(abstract: Any) -> ocp.args.PyTreeRestore:
     )
 
 
+@contextlib.contextmanager
+def _readable(step: epath.Path):
+    """Says in one sentence that a checkpoint is damaged; Orbax has no error of its own for it."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).partition("\n")[0][:160]
+        raise ValueError(
+            f"the checkpoint {step} cannot be read; restore it from a copy, or remove that folder "
+            f"to use the step before it. Reason: {reason}"
+        ) from error
+
+
 def find(path: epath.PathLike) -> epath.Path:
     """The step folder meant by `path`: itself, or the newest step of a stage's folder.
 
     Raises ValueError when there is none, with what lies there instead.
     """
     path = epath.Path(path)
-    check(path.exists(), f"there is no checkpoint at {path}: the folder does not exist")
-    if (path / "params").exists():
+    check(path.is_dir(), f"there is no checkpoint at {path}: there is no such folder")
+    if is_whole(path):
         return path
-    steps = sorted((p for p in path.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
-    whole = [p for p in steps if (p / "params").exists()]
-    stages = sorted(p.name for p in path.iterdir() if p.is_dir() and any_step(p))
+    stages = sorted(p.name for p in path.iterdir() if _steps(p))
     hint = f"; it holds the stages {', '.join(stages)}" if stages else ""
-    check(bool(whole), f"there is no checkpoint in {path}{hint}")
-    return whole[-1]
+    check(bool(_steps(path)), f"there is no checkpoint in {path}{hint}")
+    return _steps(path)[-1]
 
 
 def any_step(folder: epath.Path) -> bool:
-    """True when a stage's folder holds at least one whole checkpoint."""
-    return folder.is_dir() and any(
-        p.name.isdigit() and (p / "params").exists() for p in folder.iterdir()
-    )
+    """True for a whole checkpoint, and for a stage's folder that holds at least one."""
+    return is_whole(folder) or bool(_steps(folder))
+
+
+def is_whole(step: epath.Path) -> bool:
+    """True for the folder of a checkpoint that was written to its end."""
+    return (step / "params").exists() and ocp.utils.is_checkpoint_finalized(step)
+
+
+def _steps(folder: epath.Path) -> list[epath.Path]:
+    """The whole checkpoints in a stage's folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    steps = [p for p in folder.iterdir() if p.name.isdigit() and is_whole(p)]
+    return sorted(steps, key=lambda p: int(p.name))
 
 
 def read_recipe(path: epath.PathLike) -> dict:
     """The recipe JSON of a checkpoint; its "model" becomes a config.Model."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        recipe = reader.restore(find(path) / "recipe")
-    recipe["model"] = config.from_json(config.Model, recipe["model"])
+    step = find(path)
+    with _readable(step), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        recipe = reader.restore(step / "recipe")
+        recipe["model"] = config.from_json(config.Model, recipe["model"])
     return recipe
 
 
@@ -133,8 +158,9 @@ def restore_params(
         abstract,
         places,
     )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.restore(find(path) / "params", args=_restore(abstract))
+    step = find(path)
+    with _readable(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(step / "params", args=_restore(abstract))
 
 
 def load(
