@@ -22,10 +22,11 @@ def main(stages: Callable[[str], Stages], sizes: tuple[str, ...], description: s
                 show(size, changed(stages(size), args.set))
             return
         check(args.size is not None, f"--size is missing; there are {', '.join(sizes)}")
-        rows = changed(stages(args.size), args.set)
+        rows = stages(args.size)
         check(args.stage is not None, f"--stage is missing; {args.size} has {', '.join(rows)}")
         check(args.workdir is not None, "--workdir is missing: where checkpoints go (may be gs://)")
-        stage = pick(rows, args.stage, args.size)
+        chosen = {args.stage: pick(rows, args.stage, args.size)}
+        stage = changed(chosen, args.set)[args.stage]
         start_processes()
         from codellama_jax import train
 

@@ -11,7 +11,6 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from codellama_jax import config
@@ -39,8 +38,9 @@ def mfu(model: config.Model, seq_len: int, tokens_per_second: float, devices: li
 class Record:
     """The record of one stage, read one step late so that the devices never wait for it.
 
-    <folder>/metrics.jsonl holds a JSON object per logged step; a resumed stage drops the lines
-    after its step. Only the first process of a run writes; all of them stop on a non-finite loss.
+    <folder>/metrics.jsonl holds a JSON object for every log_every-th step and for every step that
+    is saved or evaluated. A resumed stage drops the lines after its step and counts its tokens on
+    from there. Only the first process of a run writes; all of them stop on a non-finite loss.
     """
 
     def __init__(self, folder: epath.PathLike, stage: config.Stage, start_step: int, devices: list):
@@ -63,23 +63,20 @@ class Record:
             self._file.close()
             self._events.close()
 
-    def stepped(self, values: dict[str, jax.Array], batch: dict[str, np.ndarray]) -> None:
-        """Notes that a step was dispatched with this host batch; reads the step before it.
+    def stepped(self, values: dict[str, jax.Array]) -> None:
+        """Notes that a step was dispatched; reads the step before it.
 
         Raises FloatingPointError when that step's loss is not finite.
         """
         before, self.step = self._pending, self.step + 1
         self._pending = (self.step, values)
-        targets_B = batch["loss_mask"].sum(axis=1)
-        for number, name in enumerate(self._tokens):
-            self._tokens[name] += int(targets_B[batch["corpus"] == number].sum())
         if before:
             self._read(*before)
 
     def flush(self) -> None:
-        """Reads the newest step, too: waits for the devices."""
+        """Reads and writes the newest step, too: waits for the devices."""
         if self._pending:
-            self._read(*self._pending)
+            self._read(*self._pending, write=True)
         self._pending = None
 
     def evaluated(self, values: dict[str, Any], seconds: float) -> None:
@@ -94,8 +91,11 @@ class Record:
         if self.writes:
             self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def _read(self, step: int, values: dict[str, jax.Array]) -> None:
-        numbers = {name: float(value) for name, value in jax.device_get(values).items()}
+    def _read(self, step: int, values: dict[str, jax.Array], *, write: bool = False) -> None:
+        numbers = jax.device_get(values)
+        for name, targets in zip(self._tokens, numbers.pop("tokens_by_corpus"), strict=True):
+            self._tokens[name] += int(targets)
+        numbers = {name: float(value) for name, value in numbers.items()}
         if not math.isfinite(numbers["loss"]) or not math.isfinite(numbers["grad_norm"]):
             raise FloatingPointError(
                 f"stage {self.stage.name!r}: loss {numbers['loss']} and gradient norm "
@@ -103,9 +103,9 @@ class Record:
                 "to go on from it, with a lower optim.peak_lr if it happens again"
             )
         if self.writes:
-            self._show(step, numbers)
+            self._show(step, numbers, write or step % self.stage.log_every == 0)
 
-    def _show(self, step: int, numbers: dict[str, float]) -> None:
+    def _show(self, step: int, numbers: dict[str, float], write: bool) -> None:
         rate = self._clock.rate(step) * self.stage.data.batch_tokens
         share = mfu(self.stage.model, self.stage.data.seq_len, rate, self.devices)
         text = (
@@ -113,7 +113,7 @@ class Record:
             f"lr {numbers['learning_rate']:.1e}  {rate:,.0f} tokens/s"
         ) + (f"  MFU {share:.1%}" if share is not None else "")
         self._bar.update(self._task, completed=step, text=text)
-        if step % self.stage.log_every and step != self.stage.steps:
+        if not write:
             return
         self._write(
             step,
@@ -142,9 +142,12 @@ class Record:
         from tensorboardX import SummaryWriter
 
         path = self.folder / "metrics.jsonl"
-        drop_after(path, self.step)
+        kept = drop_after(path, self.step) if self.step else drop_after(path, -1)
+        for line in kept:
+            self._tokens |= line.get("tokens", {})
         self._file = path.open("a")
-        self._events = SummaryWriter(os.fspath(self.folder / "events"), purge_step=self.step)
+        purged = self.step + 1 if self.step else 0
+        self._events = SummaryWriter(os.fspath(self.folder / "events"), purge_step=purged)
         self._bar = progress.Progress(
             progress.TextColumn("{task.description:<13}"),
             progress.BarColumn(bar_width=20),
@@ -178,14 +181,18 @@ class _Clock:
         return 1 / self._seconds if self._seconds else 0.0  # 0 for the step that compiled
 
 
-def drop_after(path: epath.Path, step: int) -> None:
-    """Rewrites a metrics.jsonl without the lines after `step` and without a half-written one."""
+def drop_after(path: epath.Path, step: int) -> list[dict]:
+    """Rewrites a metrics.jsonl without the lines after `step` and without a half-written one.
+
+    Returns the lines that are left.
+    """
     if not path.exists():
-        return
+        return []
     kept = [line for line in read(path.parent) if line["step"] <= step]
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
     temporary.replace(path)
+    return kept
 
 
 def read(folder: epath.PathLike) -> list[dict]:

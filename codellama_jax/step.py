@@ -11,14 +11,14 @@ import optax
 from codellama_jax import config, optim, sharding, state
 from codellama_jax.model import Compute, Llama
 
-Batch = dict[str, jax.Array]  # tokens, loss_mask, segments, positions: [B, T + 1]
+Batch = dict[str, jax.Array]  # tokens, loss_mask, segments, positions: [B, T + 1]; corpus: [B]
 
 
 def make_train_step(stage: config.Stage, platform: str):
     """Returns train_step(TrainState, Batch) -> (TrainState, metrics), to be jitted.
 
-    metrics: loss (nats per target token), tokens (targets), grad_norm (before clipping),
-    learning_rate.
+    metrics: loss (nats per target token), tokens (targets), tokens_by_corpus [corpora of the mix],
+    grad_norm (before clipping), learning_rate.
     """
     tx = optim.adamw(stage.optim, stage.steps)
     schedule = optim.learning_rate(stage.optim, stage.steps)
@@ -41,6 +41,7 @@ def make_train_step(stage: config.Stage, platform: str):
         metrics = {
             "loss": total / count,
             "tokens": tokens,
+            "tokens_by_corpus": by_corpus(batch, len(stage.data.mix)),
             "grad_norm": optim.global_norm(grads),
             "learning_rate": schedule(train_state.step + 1),
         }
@@ -48,6 +49,12 @@ def make_train_step(stage: config.Stage, platform: str):
         return state.TrainState(train_state.step + 1, params, opt_state), metrics
 
     return train_step
+
+
+def by_corpus(batch: Batch, corpora: int) -> jax.Array:
+    """Number of targets of each corpus, int32 [corpora]."""
+    targets_B = jnp.sum(batch["loss_mask"][:, 1:], axis=1)
+    return jnp.zeros(corpora, jnp.int32).at[batch["corpus"]].add(targets_B)
 
 
 def accumulate(loss_sum, params, batch: Batch, microbatches: int):

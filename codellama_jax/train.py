@@ -27,7 +27,7 @@ def train(stage: config.Stage, workdir: epath.PathLike) -> state.Params:
     platform = mesh.devices.flat[0].platform
     tokenizer = Tokenizer(workdir / stage.data.tokenizer)
     check_fits(stage, tokenizer, mesh)
-    prepare_folder(folder, tokenizer)
+    prepare_folder(folder)
 
     with checkpoint.Checkpoints(folder, stage.keep_checkpoints) as checkpoints:
         # -- state ---------------------------------------------------------------------------
@@ -35,6 +35,7 @@ def train(stage: config.Stage, workdir: epath.PathLike) -> state.Params:
             stage, tokenizer.fingerprint, corpus.open(corpus_dir, tokenizer).fingerprint
         )
         train_state = first_state(stage, workdir, mesh, checkpoints, recipe)
+        keep_tokenizer(tokenizer, folder)
         start = int(train_state.step)
         if start == stage.steps:
             return train_state.params
@@ -59,11 +60,10 @@ def train(stage: config.Stage, workdir: epath.PathLike) -> state.Params:
                 evaluate(judge, train_state.params, record)
             for host_batch in batches:
                 now = record.step + 1
-                profile(stage, folder, now)
-                batch = {name: x for name, x in host_batch.items() if name != "corpus"}
-                batch = sharding.global_batch(batch, mesh)
+                profile(stage, folder, start, now, train_state)
+                batch = sharding.global_batch(host_batch, mesh)
                 train_state, values = train_step(train_state, batch)
-                record.stepped(values, host_batch)
+                record.stepped(values)
                 last = now == stage.steps
                 due = now % stage.save_every == 0 or checkpoints.must_save(now)
                 if last or due or now % stage.eval_every == 0:
@@ -128,13 +128,19 @@ def opening(stage: config.Stage, mesh: jax.sharding.Mesh, start: int) -> str:
     )
 
 
-def profile(stage: config.Stage, folder: epath.Path, now: int) -> None:
-    """Records steps profile_from .. profile_from + 2 for TensorBoard's profiler."""
-    if stage.profile_from < 0:
+def profile(
+    stage: config.Stage, folder: epath.Path, start: int, now: int, train_state: state.TrainState
+) -> None:
+    """Records steps profile_from .. profile_from + 2 for TensorBoard's profiler.
+
+    A run that starts inside or behind this window does not profile.
+    """
+    if stage.profile_from <= start:
         return
     if now == stage.profile_from:
         jax.profiler.start_trace(str(folder / "events"))
-    if now == min(stage.profile_from + 3, stage.steps):
+    if now == stage.profile_from + 3:
+        jax.block_until_ready(train_state)
         jax.profiler.stop_trace()
 
 
@@ -154,20 +160,29 @@ def check_fits(stage: config.Stage, tokenizer: Tokenizer, mesh: jax.sharding.Mes
         "data.batch_tokens, layout.microbatches or the mesh",
     )
     check(
-        stage.profile_from + 2 < stage.steps,
-        f"profile_from={stage.profile_from} leaves no 3 steps of {stage.steps} to profile",
+        stage.profile_from == -1 or 1 <= stage.profile_from <= stage.steps - 3,
+        f"profile_from={stage.profile_from} is not a step with 3 after it; of steps={stage.steps} "
+        f"1 to {stage.steps - 3} are (-1: no profile)",
     )
 
 
-def prepare_folder(folder: epath.Path, tokenizer: Tokenizer) -> None:
-    """Makes the stage's folder with the tokenizer in it; refuses one that cannot be written."""
+def prepare_folder(folder: epath.Path) -> None:
+    """Makes the stage's folder; refuses one that cannot be written before any work is done."""
     if jax.process_index() != 0:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        target = folder / "tokenizer.model"
-        temporary = folder / "tokenizer.model.tmp"
-        temporary.write_bytes(epath.Path(tokenizer.path).read_bytes())
-        temporary.replace(target)
+        probe = folder / "probe.tmp"
+        probe.write_text("")
+        probe.unlink()
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: epath.Path) -> None:
+    """Puts the tokenizer beside the weights; only once it is known to be theirs."""
+    if jax.process_index() != 0:
+        return
+    temporary = folder / "tokenizer.model.tmp"
+    temporary.write_bytes(epath.Path(tokenizer.path).read_bytes())
+    temporary.replace(folder / "tokenizer.model")

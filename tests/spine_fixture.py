@@ -75,9 +75,10 @@ def row(documents: list[list[int]], capacity: int) -> dict[str, np.ndarray]:
 
 
 def batch(rows: list[list[list[int]]], capacity: int = 33) -> dict[str, np.ndarray]:
-    """One row for each list of documents: {name: [B, T+1]}."""
+    """One row for each list of documents: {name: [B, T+1]}, all of corpus 0."""
     made = [row(documents, capacity) for documents in rows]
-    return {name: np.stack([r[name] for r in made]) for name in made[0]}
+    stacked = {name: np.stack([r[name] for r in made]) for name in made[0]}
+    return stacked | {"corpus": np.zeros(len(rows), np.int32)}
 
 
 def random_batch(num_rows: int = 8, capacity: int = 33, seed: int = 0) -> dict[str, np.ndarray]:
@@ -105,3 +106,8 @@ def mesh(**axes: int) -> jax.sharding.Mesh:
     layout = config.Layout(**{"fsdp": 1} | axes)
     count = layout.data * layout.fsdp * layout.tensor * layout.context
     return sharding.make_mesh(layout, jax.devices()[:count])
+
+
+def two_corpora() -> config.Data:
+    """The data of a stage that mixes two corpora."""
+    return replace(stage().data, mix={"python": 0.25, "code": 0.75})

@@ -66,6 +66,7 @@ class Oracle:
             "loss_mask": np.insert(self.mask[number] > 0, 0, False, axis=1),
             "segments": np.ones_like(tokens),
             "positions": np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape),
+            "corpus": np.zeros(len(tokens), np.int32),
         }
 
     def rate(self, step):
