@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from codellama_jax import config, sharding, state
+from codellama_jax import attention, config, sharding, state
 from codellama_jax import model as llama_model
 
 PREFILL_CHUNK = 512  # prompt tokens read at once: bounds the scores to [B, N, 512, S]
@@ -79,7 +79,7 @@ def prefill(
 ) -> Rows:
     """Reads prompts and leaves `room` slots after them.
 
-    The layers of `params` are a list (see model.unstack). T is a bucket; row b has lengths_B[b]
+    The layers of `params` are a list (generate.unstack). T is a bucket; row b has lengths_B[b]
     tokens, one at least, then padding of any id. Only its last position is turned into logits.
     """
     llama = state.bind(model, params)
@@ -139,7 +139,11 @@ def decode(
         answer_1S = (slots_1S >= prompt_room) & (slots_1S <= slot)
         positions_B1 = (rows.lengths_B + rows.step)[:, None]
         mask_B1S = (prompt_BS | answer_1S)[:, None]
-        x_B1D, caches = _forward(llama, token_B1, positions_B1, rows.caches, slot, mask_B1S)
+
+        def attend(q_B1NH, k_B1KH, v_B1KH, cache):
+            return _attend(q_B1NH, cache, mask_B1S)
+
+        x_B1D, caches = _forward(llama, token_B1, positions_B1, rows.caches, slot, attend)
         return (
             i + 1,
             Rows(caches, _logits(llama, x_B1D[:, 0]), rows.lengths_B, rows.step + 1),
@@ -224,23 +228,28 @@ def _read_chunk(llama, tokens_BT, start, C, caches):
     tokens_BC = jax.lax.dynamic_slice(tokens_BT, (0, start), (B, C))
     positions_C = start + jnp.arange(C)
     mask_1CS = (jnp.arange(T)[None] <= positions_C[:, None])[None]
+
+    def attend(q_BCNH, k_BCKH, v_BCKH, cache):
+        if C == T:  # nothing was read before: a causal row, faster without the cache
+            return attention.attend(q_BCNH, k_BCKH, v_BCKH)
+        return _attend(q_BCNH, cache, mask_1CS)
+
     positions_BC = jnp.broadcast_to(positions_C, (B, C))
-    return _forward(llama, tokens_BC, positions_BC, caches, start, mask_1CS)
+    return _forward(llama, tokens_BC, positions_BC, caches, start, attend)
 
 
-def _forward(llama, tokens_BT, positions_BT, caches, slot, mask_BTS):
+def _forward(llama, tokens_BT, positions_BT, caches, slot, attend):
     """Normalised hidden states x_BTD, and the caches with the new tokens from `slot` on."""
     x_BTD = llama.tok_embeddings[...][tokens_BT]
     rope = llama_model.rope_table(positions_BT, llama.model)
     new_caches = []
     for block, cache in zip(llama.layers, caches, strict=True):
 
-        def attend(q_BTNH, k_BTKH, v_BTKH, cache=cache):
-            cache = _write(cache, k_BTKH, v_BTKH, slot)
-            new_caches.append(cache)
-            return _attend(q_BTNH, cache, mask_BTS)
+        def write_and_attend(q_BTNH, k_BTKH, v_BTKH, cache=cache):
+            new_caches.append(_write(cache, k_BTKH, v_BTKH, slot))
+            return attend(q_BTNH, k_BTKH, v_BTKH, new_caches[-1])
 
-        x_BTD = block(x_BTD, rope, attend)
+        x_BTD = block(x_BTD, rope, write_and_attend)
     return llama_model.rms_norm(x_BTD, llama.norm, llama.model.norm_eps), new_caches
 
 

@@ -208,20 +208,13 @@ class CodeLlama:
     ) -> None:
         """Extends each row until it is done or has max_new_tokens more.
 
-        Goes by batches of like length, the longest first, so that one too large fails at once. A
-        batch that would fit a quarter of the shape before it gets its own; others are padded to it,
-        which costs less than to compile.
+        Goes by batches of like length, the longest first, so that one too large fails at once.
         """
         check(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
         self._prepare(rows, sampling)
         by_length = sorted(rows, key=lambda row: len(row.prompt), reverse=True)
-        shape = (math.inf, math.inf)
         for start in range(0, len(rows), batch_size):
-            batch = by_length[start : start + batch_size]
-            own = self._shape(batch)
-            if any(4 * needed <= size for needed, size in zip(own, shape, strict=True)):
-                shape = own
-            for _ in self._decode(batch, sampling, stop_ids, shape):
+            for _ in self._decode(by_length[start : start + batch_size], sampling, stop_ids):
                 pass
 
     def _answer(self, rows, sampling, stop_ids, single, stream, batch_size):
@@ -234,7 +227,7 @@ class CodeLlama:
 
     def _stream(self, row: Request, sampling: Sampling, stop_ids) -> Iterator[str]:
         sent = 0
-        for _ in self._decode([row], sampling, stop_ids, self._shape([row]), PIECE_SECONDS):
+        for _ in self._decode([row], sampling, stop_ids, PIECE_SECONDS):
             if piece := row.settled()[sent:]:
                 sent += len(piece)
                 yield piece
@@ -254,11 +247,10 @@ class CodeLlama:
         rows: Sequence[Request],
         sampling: Sampling,
         stop_ids: Sequence[int],
-        shape: tuple[int, int],
         seconds: float = math.inf,
     ) -> Iterator[None]:
         """Extends the rows of one batch; yields after each chunk, every `seconds` or so."""
-        B, T = shape
+        B, T = self._batch_bucket(len(rows)), decode.bucket(max(len(r.prompt) for r in rows))
         tokens_BT, lengths_B = np.zeros((B, T), np.int32), np.ones(B, np.int32)
         for b, row in enumerate(rows):
             lengths_B[b] = len(row.prompt)
@@ -309,10 +301,6 @@ class CodeLlama:
         return functools.lru_cache(256)(self.tokenizer.allowed_while_spelling)
 
     # -- the machine and its limits --------------------------------------------------------------
-    def _shape(self, rows: Sequence[Request]) -> tuple[int, int]:
-        """The [B, T] that these rows are padded to."""
-        return self._batch_bucket(len(rows)), decode.bucket(max(len(row.prompt) for row in rows))
-
     def _batch_bucket(self, num_rows: int) -> int:
         """A power of two, or a multiple of the ways the mesh splits a batch."""
         sizes = dict(self.mesh.shape) if self.mesh else {}

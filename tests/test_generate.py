@@ -186,9 +186,10 @@ def test_buckets_hold_what_they_must_and_are_few():
 
 def test_a_call_of_many_lengths_compiles_few_shapes(llama, monkeypatch):
     shapes = []
-    monkeypatch.setattr(llama, "_decode", lambda rows, _, __, shape: shapes.append(shape) or [])
-    llama.generate(prompts_of(*range(1, 600, 7)), Sampling(20), batch_size=16)
-    assert [len(set(shapes)), shapes[0], shapes[-1]] == [3, (16, 1_024), (8, 64)]
+    monkeypatch.setattr(decode, "prefill", lambda _, x_BT, *__, **___: shapes.append(x_BT.shape))
+    monkeypatch.setattr(decode, "decode", lambda *_, **__: (None, *np.ones((2, 16, 9))))
+    llama.generate(prompts_of(*range(1, 600, 7)), Sampling(9), batch_size=16)
+    assert shapes == [(16, 1_024), (16, 512), (16, 512), (16, 512), (16, 256), (8, 64)]
 
 
 def test_weights_split_over_devices_tell_the_same(llama, params):
