@@ -109,15 +109,23 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def start_processes() -> None:
-    """Joins the other hosts of a pod or cluster, if this process was started as one of many."""
+    """Joins the other hosts of a pod or cluster, if this process was started as one of many.
+
+    On a cluster that JAX does not know, set JAX_NUM_PROCESSES, JAX_PROCESS_ID (0, 1, ...) and
+    JAX_COORDINATOR_ADDRESS (host:port of process 0).
+    """
     import jax
 
-    many = (
+    number = int(os.environ.get("JAX_NUM_PROCESSES", "1"))
+    if number > 1:
+        for name in ("JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS"):
+            check(name in os.environ, f"JAX_NUM_PROCESSES={number} needs {name}, too")
+        process = int(os.environ["JAX_PROCESS_ID"])
+        jax.distributed.initialize(num_processes=number, process_id=process)
+    elif (
         "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
         or int(os.environ.get("SLURM_NTASKS", "1")) > 1
-        or int(os.environ.get("JAX_NUM_PROCESSES", "1")) > 1
-    )
-    if many:
+    ):
         jax.distributed.initialize()
 
 

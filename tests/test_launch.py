@@ -1,0 +1,152 @@
+import sys
+from dataclasses import replace
+
+import jax
+import pytest
+import spine_fixture as tiny
+
+from codellama_jax import launch, train
+
+
+def stages(size: str) -> launch.Stages:
+    code = tiny.stage(steps=1_000, optim=replace(tiny.OPTIM, warmup_steps=500))
+    short = replace(
+        code, name="instruct", start_from="code", optim=tiny.OPTIM, steps=100, seed=len(size)
+    )
+    return {"code": code, "instruct": short}
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs the command line with these arguments; returns what was given to train()."""
+    given = []
+    monkeypatch.setattr(train, "train", lambda *args: given.append(args))
+    for name in ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+
+    def main(*arguments: str):
+        monkeypatch.setattr(sys, "argv", ["recipe.py", *arguments])
+        launch.main(stages, ("7b", "13b"), "A recipe.")
+        return given.pop() if given else None
+
+    return main
+
+
+CHOSEN = ("--size", "7b", "--stage", "instruct", "--workdir", "/somewhere")
+
+
+def test_the_chosen_stage_is_trained_with_its_settings(run):
+    stage, workdir = run(*CHOSEN, "--set", "optim.peak_lr=1e-4", "--set", "steps=50")
+    assert workdir == "/somewhere"
+    expected = stages("7b")["instruct"]
+    assert stage == replace(expected, steps=50, optim=replace(expected.optim, peak_lr=1e-4))
+
+
+def test_settings_need_not_suit_the_stages_that_are_not_trained(run):
+    assert run(*CHOSEN, "--set", "steps=200")[0].steps == 200  # code warms up for 500
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ((), "error: --size is missing; there are 7b, 13b"),
+        (("--size", "7b"), "error: --stage is missing; 7b has code, instruct"),
+        (("--size", "7b", "--stage", "code"), "error: --workdir is missing"),
+        (
+            ("--size", "7b", "--stage", "chat", "--workdir", "x"),
+            "error: 7b has no stage 'chat'; it",
+        ),
+        ((*CHOSEN, "--set", "steps"), "error: --set 'steps' is not of the form field=value"),
+        ((*CHOSEN, "--set", "stepz=3"), "error: Stage has no field 'stepz'; did you mean 'steps'?"),
+        ((*CHOSEN, "--set", "steps=x"), "error: steps='x' is not a int"),
+        ((*CHOSEN, "--set", "steps=0"), "error: steps=0 must be positive"),
+        (("--list", "--set", "a=1"), "error: Stage has no field 'a'"),
+    ],
+)
+def test_what_cannot_be_run_is_answered_in_one_sentence(run, capsys, arguments, sentence):
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(sentence)
+    assert printed.count("\n") == 1
+
+
+def test_every_stage_is_listed_on_one_line(run, capsys):
+    assert run("--list") is None
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.split()] == [
+        "7b", "stage", "code", "instruct", "13b", "stage", "code", "instruct",
+    ]  # fmt: skip
+    assert "256 k" in lines[2] and "1,000" in lines[2] and "code 100%" in lines[2]
+    run("--list", "--size", "13b", "--set", "optim.peak_lr=3e-4")
+    printed = capsys.readouterr().out
+    assert "7b" not in printed and printed.count("0.0003") == 2
+
+
+@pytest.mark.parametrize(
+    "count, text",
+    [(7, "7"), (4_096, "4.1 k"), (4_194_304, "4.19 M"), (500 * 10**9, "500 B"), (10**12, "1 T")],
+)
+def test_counts_are_short(count, text):
+    assert launch._short(count) == text
+
+
+# -- refusals ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("error", [ValueError, FloatingPointError, OSError])
+def test_what_the_user_or_the_machine_did_wrong_is_one_sentence(error, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        with launch.refusals():
+            raise error("the sentence")
+    assert capsys.readouterr().err == "error: the sentence\n"
+
+
+def test_our_own_mistakes_keep_their_traceback():
+    with pytest.raises(KeyError, match="ours"):
+        with launch.refusals():
+            raise KeyError("ours")
+
+
+# -- processes -----------------------------------------------------------------------------------
+@pytest.fixture
+def joined(monkeypatch):
+    """How jax.distributed.initialize was called by start_processes in this environment."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **how: calls.append(how))
+
+    def start(**environment: str):
+        for name in ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "TPU_WORKER_HOSTNAMES"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        launch.start_processes()
+        return calls
+
+    return start
+
+
+@pytest.mark.parametrize(
+    "environment, calls",
+    [
+        ({}, []),
+        ({"SLURM_NTASKS": "1"}, []),
+        ({"SLURM_NTASKS": "4"}, [{}]),
+        ({"TPU_WORKER_HOSTNAMES": "host-0"}, []),
+        ({"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, [{}]),
+        (
+            {
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": "1",
+                "JAX_COORDINATOR_ADDRESS": "localhost:1",
+            },
+            [{"num_processes": 2, "process_id": 1}],
+        ),
+    ],
+)
+def test_one_of_many_processes_joins_the_others(joined, environment, calls):
+    assert joined(**environment) == calls
+
+
+def test_processes_started_by_hand_need_all_three_variables(joined):
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES=2 needs JAX_PROCESS_ID, too"):
+        joined(JAX_NUM_PROCESSES="2")
