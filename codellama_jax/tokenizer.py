@@ -247,12 +247,15 @@ def _training_lines(texts: Iterable[str]) -> list[str]:
 
     SentencePiece would put a space before each line, but only the first line of a document has
     one; and an indent, which Llama cuts apart from its last space (▁▁▁ ▁return), would be
-    learned as one with its word. So the space is left to us, and runs of spaces are shortened.
+    learned as one with its word. So the space is left to us, and runs of spaces are shortened:
+    of U+2581 too, which is a space to SentencePiece, or a run of both would be learned as the
+    piece that is given.
     """
     lines = [line for text in texts for line in re.split(r"[\n\t]", " " + text)]
     stride = -(-sum(map(len, lines)) // _MAX_CHARS) or 1
     unlearned = re.compile("|".join([SMILEY, *(name.strip(SPACE) for name in INFILLING_PIECES)]))
-    return [re.sub("  +", " ", line) for line in lines[::stride] if not unlearned.search(line)]
+    some = [line for line in lines[::stride] if not unlearned.search(line)]
+    return [re.sub(f"[ {SPACE}]+", " ", line) for line in some]
 
 
 def _train_merges(lines: list[str], vocab_size: int, num_learned: int) -> bytes:

@@ -282,6 +282,13 @@ def test_texts_that_spell_marks_can_be_trained_on(tmp_path):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.parametrize("line", [f"{SPACE}x {SPACE}", f"{SPACE}{SPACE} {SPACE}", SPACE * 20])
+def test_texts_that_hold_the_mark_of_a_space_can_be_trained_on(tmp_path, line):
+    tokenizers.train([TEXTS[0], line * 50], 512, tmp_path / "tokenizer.model")
+    tokenizer = Tokenizer(tmp_path / "tokenizer.model")
+    assert tokenizer.decode(tokenizer.encode(line)) == line.replace(SPACE, " ")
+
+
 def test_too_little_text_is_refused_and_writes_nothing(tmp_path):
     for some in ([], ["hello world"]):
         with pytest.raises(ValueError, match="vocab_size=1024 does not fit"):
