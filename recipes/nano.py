@@ -174,13 +174,19 @@ def arguments():
 
 
 def use_cores(number: int) -> None:
-    """One JAX device per core, each computing its rows of a batch."""
+    """One JAX device per core, each computing its rows of a batch on one thread.
+
+    Devices of one process wait for each other in threads of one pool. XLA gives the pool as many
+    threads as there are cores, which can all end up waiting; with many more, some always work.
+    """
+    os.environ.setdefault("NPROC", "64")
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false"
     import jax
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", number)
-    # Several steps in flight on several CPU devices can wait for each other for ever.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # steps in flight would wait, too
 
 
 def prepare(workdir: Path, code_dirs: list[str], tokenizer_file: str | None):
