@@ -226,28 +226,38 @@ class Stage:
         return self.steps * self.data.batch_tokens
 
 
-def override(value: Any, path: str, text: str) -> Any:
-    """Returns frozen dataclass `value` with the field at dotted `path` set from `text`.
+def override(value: Any, settings: dict[str, str]) -> Any:
+    """Returns frozen dataclass `value` with the fields at dotted paths set from texts, all at once.
 
-    override(stage, "optim.peak_lr", "1e-4"). Raises ValueError for an unknown field (with the
-    fields there are) and for text that is not of the field's type.
+    override(stage, {"optim.peak_lr": "1e-4", "steps": "100"}). Raises ValueError for an unknown
+    field (with the fields there are), for text that is not of the field's type, and for values
+    that contradict each other.
     """
-    name, _, rest = path.partition(".")
-    fields = {f.name for f in dataclasses.fields(value)}
-    if name not in fields:
-        near = difflib.get_close_matches(name, fields, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        have = ", ".join(sorted(fields))
-        raise ValueError(f"{type(value).__name__} has no field {name!r}{hint} It has: {have}")
-    current = getattr(value, name)
-    if rest:
-        if not dataclasses.is_dataclass(current):
+    return _override(value, {path: (path, text) for path, text in settings.items()})
+
+
+def _override(value: Any, settings: dict[str, tuple[str, str]]) -> Any:
+    """settings: what is left of each path -> the whole path, for messages, and the text."""
+    hints, changes, inner = get_type_hints(type(value)), {}, {}
+    for rest, (path, text) in settings.items():
+        name, dot, below = rest.partition(".")
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            have = ", ".join(sorted(hints))
+            raise ValueError(f"{type(value).__name__} has no field {name!r}{hint} It has: {have}")
+        group = dataclasses.is_dataclass(hints[name])
+        if dot and not group:
             raise ValueError(f"{name!r} has no fields, so {path!r} does not exist")
-        return replace(value, **{name: override(current, rest, text)})
-    if dataclasses.is_dataclass(current):
-        inner = ", ".join(f"{name}.{f.name}" for f in dataclasses.fields(current))
-        raise ValueError(f"{name!r} is a group; set one of its fields: {inner}")
-    return replace(value, **{name: _parse(get_type_hints(type(value))[name], path, text)})
+        if group and not dot:
+            fields = ", ".join(f"{name}.{f.name}" for f in dataclasses.fields(hints[name]))
+            raise ValueError(f"{name!r} is a group; set one of its fields: {fields}")
+        if group:
+            inner.setdefault(name, {})[below] = (path, text)
+        else:
+            changes[name] = _parse(hints[name], path, text)
+    changes |= {name: _override(getattr(value, name), below) for name, below in inner.items()}
+    return replace(value, **changes)
 
 
 def _parse(kind: Any, path: str, text: str) -> Any:

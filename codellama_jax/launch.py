@@ -59,12 +59,13 @@ def pick(stages: Stages, name: str, where: str) -> config.Stage:
 
 
 def changed(stages: Stages, settings: list[str]) -> Stages:
-    """The stages with each FIELD=VALUE applied to all of them."""
+    """The stages with every FIELD=VALUE applied to all of them."""
+    fields = {}
     for setting in settings:
         path, equals, text = setting.partition("=")
         check(bool(equals), f"--set {setting!r} is not of the form field=value")
-        stages = {name: config.override(stage, path, text) for name, stage in stages.items()}
-    return stages
+        fields[path] = text
+    return {name: config.override(stage, fields) for name, stage in stages.items()}
 
 
 def show(title: str, stages: Stages) -> None:

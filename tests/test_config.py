@@ -184,10 +184,10 @@ def test_every_number_can_be_set_by_its_path_or_is_refused_in_a_sentence(choice)
         expected = replace(STAGE, **{group: direct}) if group else direct
     except ValueError as error:
         with pytest.raises(ValueError) as refusal:
-            config.override(STAGE, path, text)
+            config.override(STAGE, {path: text})
         assert str(refusal.value) == str(error)
         return
-    assert config.override(STAGE, path, text) == expected
+    assert config.override(STAGE, {path: text}) == expected
 
 
 @pytest.mark.parametrize(
@@ -210,14 +210,14 @@ def test_every_number_can_be_set_by_its_path_or_is_refused_in_a_sentence(choice)
 )
 def test_a_setting_that_cannot_be_is_answered_with_what_there_is(path, text, parts):
     with refused(*parts):
-        config.override(STAGE, path, text)
+        config.override(STAGE, {path: text})
 
 
 def test_names_and_mixes_can_be_set():
-    assert config.override(STAGE, "start_from", "llama2").start_from == "llama2"
-    assert config.override(STAGE, "start_from", "none").start_from is None
-    assert config.override(STAGE, "layout.remat", "dots").layout.remat == "dots"
-    mixed = config.override(STAGE, "data.mix", '{"code": 0.25, "python": 0.75}')
+    assert config.override(STAGE, {"start_from": "llama2"}).start_from == "llama2"
+    assert config.override(STAGE, {"start_from": "none"}).start_from is None
+    assert config.override(STAGE, {"layout.remat": "dots"}).layout.remat == "dots"
+    mixed = config.override(STAGE, {"data.mix": '{"code": 0.25, "python": 0.75}'})
     assert mixed.data.mix == {"code": 0.25, "python": 0.75}
 
 
@@ -257,3 +257,10 @@ def test_json_may_lack_what_has_a_default():
     values = config.to_json(STAGE)
     del values["layout"], values["seed"], values["model"]["tied_embeddings"]
     assert config.from_json(config.Stage, values).layout == config.Layout()
+
+
+def test_settings_that_only_fit_together_may_come_in_any_order():
+    short = {"steps": "4", "optim.warmup_steps": "2"}
+    for order in (list(short), list(short)[::-1]):
+        changed = config.override(STAGE, {path: short[path] for path in order})
+        assert (changed.steps, changed.optim.warmup_steps) == (4, 2)
