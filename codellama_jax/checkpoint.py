@@ -166,13 +166,18 @@ def restore_params(
 def load(
     path: epath.PathLike, mesh: jax.sharding.Mesh | None = None, dtype=None
 ) -> tuple[config.Model, state.Params, epath.Path | None]:
-    """(model, weights, tokenizer file or None) of a checkpoint or of a stage's folder."""
+    """(model, weights, tokenizer file or None) of a checkpoint or of a stage's folder.
+
+    dtype=None reads imported weights as they are stored: bfloat16 never becomes float32.
+    """
     step = find(path)
     model = read_recipe(step)["model"]
+    with _readable(step):
+        stored = ocp.PyTreeCheckpointHandler().metadata(step / "params").tree["norm"].dtype
     tokenizer = step.parent / "tokenizer.model"
     return (
         model,
-        restore_params(step, model, mesh, dtype),
+        restore_params(step, model, mesh, dtype or stored),
         tokenizer if tokenizer.exists() else None,
     )
 

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -374,7 +375,9 @@ def load(
     if (folder / "params.json").exists() or (folder / "config.json").exists():
         from codellama_jax import convert
 
-        model, params = convert.read_params(folder, dtype)
+        # Repairs are told, but not among the text that a program may print.
+        tell = functools.partial(print, file=sys.stderr)
+        model, params = convert.read_params(folder, dtype, say=tell)
         places = (folder / "tokenizer.model", folder.parent / "tokenizer.model")  # Meta's: above
         found = next((place for place in places if place.exists()), None)
     else:

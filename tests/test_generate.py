@@ -424,6 +424,19 @@ def test_half_the_bytes_load_without_a_float32_copy(material):
     assert (logits_TV.max(axis=-1) - chosen_T < 0.1).all()  # near ties may fall either way
 
 
+def test_a_checkpoint_loads_as_it_is_stored_or_split_over_devices(material, tmp_path):
+    source = material / "hf_gqa_v512"
+    convert.convert(("hf", source), ("orbax", tmp_path / "stage"), say=lambda _: None)
+    expected = jax.tree.leaves(generate.load(source).params)
+    mesh = sharding.make_mesh(config.Layout(tensor=2, fsdp=4))
+    for folder, place in ((tmp_path / "stage", None), (tmp_path / "stage", mesh), (source, mesh)):
+        llama = generate.load(folder, mesh=place)
+        assert (llama.mesh is None) == (place is None)
+        for leaf, want in zip(jax.tree.leaves(llama.params), expected, strict=True):
+            assert leaf.dtype == jnp.bfloat16
+            np.testing.assert_array_equal(leaf, want)
+
+
 def test_our_export_loads_and_tells_the_same(llama, params, tokenizer, tmp_path):
     convert.export_hf(params, MODEL, tmp_path / "hf", tokenizer.path)
     loaded = generate.load(tmp_path / "hf")
