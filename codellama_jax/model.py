@@ -23,16 +23,11 @@ POLICIES = jax.checkpoint_policies
 REMAT = {  # what a layer keeps for its backward pass; the rest is computed again
     "none": POLICIES.everything_saveable,
     "full": POLICIES.nothing_saveable,
-    "dots": POLICIES.dots_with_no_batch_dims_saveable,
+    "dots": POLICIES.save_from_both_policies(  # the kernel is no product: kept by its name
+        POLICIES.dots_with_no_batch_dims_saveable, POLICIES.save_only_these_names("attention_out")
+    ),
     "attention": POLICIES.save_only_these_names("query", "key", "value", "attention_out"),
 }
-
-
-class Cache(NamedTuple):
-    """Keys and values of one layer seen so far; slot s holds position s."""
-
-    k_BSKH: jax.Array
-    v_BSKH: jax.Array
 
 
 class Compute(NamedTuple):
@@ -70,25 +65,19 @@ class Llama(nnx.Module):
         tokens_BT: jax.Array,
         positions_BT: jax.Array,
         segments_BT: jax.Array | None = None,
-        caches: list[Cache] | None = None,
         *,
         compute: Compute,
     ):
-        """Returns the normalised hidden states x_BTD, and the caches if there were any.
+        """Returns the normalised hidden states x_BTD.
 
-        positions_BT count from 0 in each document. With caches, `layers` must be a list; the keys
-        and values of the tokens are written at their positions before they are read.
+        positions_BT count from 0 in each document; decode.py has the same over a cache.
         """
         # looked up, then rounded: the gradient sums thousands of uses of a common token in float32
         x_BTD = self.tok_embeddings[...][tokens_BT].astype(compute.dtype)
         x_BTD = sharding.constrain(x_BTD, "batch", "length", None)
         rope = rope_table(positions_BT, self.model)
-        if caches is not None:
-            x_BTD, caches = self._cached(x_BTD, rope, positions_BT, caches)
-        else:
-            x_BTD = self._rows(x_BTD, rope, segments_BT, compute)
-        x_BTD = rms_norm(x_BTD, self.norm, self.model.norm_eps)
-        return x_BTD if caches is None else (x_BTD, caches)
+        x_BTD = self._rows(x_BTD, rope, segments_BT, compute)
+        return rms_norm(x_BTD, self.norm, self.model.norm_eps)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Hidden states to float32 logits [..., V]."""
@@ -118,22 +107,6 @@ class Llama(nnx.Module):
         for block in blocks:
             x_BTD, _ = layer(x_BTD, block)
         return x_BTD
-
-    def _cached(self, x_BTD, rope, positions_BT, caches):
-        new_caches = []
-        for block, cache in zip(self.layers, caches, strict=True):
-            kept = []
-
-            def attend(q_BTNH, k_BTKH, v_BTKH, cache=cache, kept=kept):
-                cache = write(cache, k_BTKH, v_BTKH, positions_BT)
-                kept.append(cache)
-                mask_BTS = jnp.arange(cache.k_BSKH.shape[1])[None, None] <= positions_BT[:, :, None]
-                k_BSKH, v_BSKH = (c.astype(q_BTNH.dtype) for c in cache)
-                return attention.masked(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
-
-            x_BTD = block(x_BTD, rope, attend)
-            new_caches += kept
-        return x_BTD, new_caches
 
 
 class Block(nnx.Module):
@@ -212,33 +185,40 @@ def rope_table(positions_BT: jax.Array, model: config.Model) -> jax.Array:
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
 
 
+@jax.custom_vjp
 def rotate(x_BTNH: jax.Array, rope: jax.Array) -> jax.Array:
     """Turns pair (i, i + H/2) of each head by its angle, in float32.
 
     Meta pairs (2i, 2i + 1) instead; convert.py permutes wq and wk at the border.
     """
+    if x_BTNH.dtype != jnp.bfloat16:
+        return _rotate_halves(x_BTNH, rope)
+    return jax.lax.platform_dependent(x_BTNH, rope, tpu=_rotate_swapped, default=_rotate_halves)
+
+
+def _rotate_halves(x_BTNH, rope):
     cos, sin = rope
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
 
-def write(cache: Cache, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> Cache:
-    """The cache with keys and values put at their positions; positions past its end are dropped."""
-    rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
-    return Cache(
-        *(
-            c.at[rows_B1, positions_BT].set(new.astype(c.dtype), mode="drop")
-            for c, new in zip(cache, (k_BTKH, v_BTKH), strict=True)
-        )
-    )
+def _rotate_swapped(x_BTNH, rope):
+    """The same bits. The halves are swapped by a product with a permutation, which is exact: a TPU
+    computes on 128 lanes at a time, and halves of heads would leave half of them idle."""
+    H = x_BTNH.shape[-1]
+    cos, sin = (jnp.concatenate([x, x], axis=-1) for x in (rope[0], rope[1]))
+    signs = np.repeat(np.float32([-1, 1]), H // 2)[None, None, None]
+    swap_HH = jnp.roll(jnp.eye(H, dtype=x_BTNH.dtype), H // 2, axis=1)
+    swapped = jnp.matmul(x_BTNH, swap_HH, preferred_element_type=jnp.float32)
+    return (x_BTNH.astype(jnp.float32) * cos + swapped * (sin * signs)).astype(x_BTNH.dtype)
 
 
-def empty_caches(model: config.Model, batch: int, length: int, dtype) -> list[Cache]:
-    """A cache per layer for `batch` rows of up to `length` positions."""
-    shape = (batch, length, model.num_kv_heads, model.head_dim)
-    return [
-        Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(model.num_layers)
-    ]
+def _rotate_back(rope, grad_BTNH):
+    """The gradient of a rotation is the rotation back."""
+    return rotate(grad_BTNH, jnp.stack([rope[0], -rope[1]])), None
+
+
+rotate.defvjp(lambda x_BTNH, rope: (rotate(x_BTNH, rope), rope), _rotate_back)
 
 
 def unstack(layers, num_layers: int) -> list:

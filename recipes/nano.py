@@ -12,7 +12,6 @@ it goes on where it was. The end is WORKDIR/report.md: what the model learned, a
 """
 
 import functools
-import os
 import sys
 import time
 from dataclasses import replace
@@ -66,7 +65,7 @@ def stages(vocab_size: int = VOCAB_SIZE) -> dict[str, Stage]:
             clip_norm=1.0,  # Llama 2
         ),
         steps=600,
-        layout=layout(cores(), SEQ_LEN),
+        layout=layout(SEQ_LEN),
         log_every=20,
         eval_every=1_000_000,  # before and after the stage is enough here
         eval_rows=64,
@@ -109,25 +108,16 @@ def lengthened(before: Stage, name: str, files: str) -> Stage:
         start_from=before.name,
         model=replace(before.model, rope_theta=1e6, max_seq_len=4 * SEQ_LEN),
         data=replace(before.data, mix=mix, seq_len=4 * SEQ_LEN),
-        layout=layout(cores(), 4 * SEQ_LEN),
+        layout=layout(4 * SEQ_LEN),
         optim=replace(before.optim, peak_lr=1e-3, warmup_steps=10),  # sec. 2.6: a small one
         steps=60,
     )
 
 
-def cores() -> int:
-    """CPU cores to train on: a power of two, 4 at most."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return 4 if usable >= 4 else 2 if usable >= 2 else 1
-
-
-def layout(num_cores: int, seq_len: int) -> Layout:
-    """A device per core with rows of its own; few at once, so that they stay in the caches."""
-    rows_at_once = max(num_cores, 1_024 // seq_len)
+def layout(seq_len: int) -> Layout:
+    """Few rows at once, so that what they need stays in a core's cache."""
     return Layout(
-        data=num_cores,
-        fsdp=1,
-        microbatches=BATCH // seq_len // rows_at_once,
+        microbatches=BATCH // max(seq_len, 1_024),
         compute_dtype="float32",  # bfloat16 is slower on CPUs
         remat="none",
         scan_layers=False,
@@ -142,7 +132,7 @@ def main() -> None:
             launch.show("nano", launch.changed(stages(), args.set))
             return
         began = time.monotonic()
-        use_cores(cores())
+        use_cpu()
         workdir = Path(args.workdir)
         launch.make_folder(workdir)
         tokenizer = prepare(workdir, args.code_dir, args.tokenizer)
@@ -173,20 +163,12 @@ def arguments():
     return parser.parse_args()
 
 
-def use_cores(number: int) -> None:
-    """One JAX device per core, each computing its rows of a batch on one thread.
-
-    Devices of one process wait for each other in threads of one pool. XLA gives the pool as many
-    threads as there are cores, which can all end up waiting; with many more, some always work.
-    """
-    os.environ.setdefault("NPROC", "64")
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false"
+def use_cpu() -> None:
+    """One device for all cores. (Several on few cores wait for each other, at worst for ever.)"""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", number)
-    jax.config.update("jax_cpu_enable_async_dispatch", False)  # steps in flight would wait, too
+    jax.config.update("jax_num_cpu_devices", 1)
 
 
 def prepare(workdir: Path, code_dirs: list[str], tokenizer_file: str | None):
@@ -241,7 +223,7 @@ def forecast(plan: list[Stage]) -> str:
     tokens = sum(stage.tokens for stage in plan)
     return (
         f"{len(plan)} stages, {tokens / 1e6:.1f} million tokens: about {seconds / 60:.0f} minutes "
-        f"on {cores()} cores of {flops / 1e9:.0f} GFLOP/s, unless they are busy or it was begun"
+        f"on cores that reach {flops / 1e9:.0f} GFLOP/s, less what an earlier run has done"
     )
 
 
@@ -251,7 +233,7 @@ SECONDS_PER_STAGE = 25  # compiling, held-out losses, checkpoints, and a share o
 
 LINES = 400  # held-out lines to infill
 MAX_NEW_TOKENS = 48
-PROMPT = "def read_json(path):\n    "
+PROMPT = "def read_json(path):\n"
 QUESTION = "Write a function `close` that closes the file."
 
 

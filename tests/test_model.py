@@ -238,23 +238,6 @@ def test_logits_are_float32_whatever_is_computed_in():
     assert state.bind(tiny.MODEL, params()).logits(x_TD).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("cuts", [[1, 4, 12]])
-def test_reading_a_prompt_in_parts_equals_reading_it_whole(cuts):
-    ids = np.asarray(ONE_DOCUMENT, np.int32)
-    llama = state.bind(
-        tiny.MODEL, params() | {"layers": model.unstack(params()["layers"], tiny.MODEL.num_layers)}
-    )
-    step = jax.jit(functools.partial(type(llama).__call__, compute=tiny.FLOAT32))
-    caches = model.empty_caches(tiny.MODEL, 1, 16, jnp.float32)
-    parts, start = [], 0
-    for stop in cuts:
-        x_BTD, caches = step(llama, ids[:, start:stop], np.arange(start, stop)[None], None, caches)
-        parts.append(x_BTD)
-        start = stop
-    whole = hidden(params(), tiny.row(ONE_DOCUMENT, 12))
-    np.testing.assert_allclose(np.concatenate(parts, axis=1)[0], whole, atol=1e-5)
-
-
 # -- weights -------------------------------------------------------------------------------------
 def test_weights_bear_metas_names_and_lie_stacked_over_layers():
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype.name), state.abstract_params(tiny.MODEL))
