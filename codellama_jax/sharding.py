@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -55,7 +56,26 @@ def make_mesh(layout: config.Layout, devices: list | None = None) -> Mesh:
         f"there are {len(devices)}; layout.fsdp=-1 takes what is left",
     )
     # Auto: two activation constraints suffice, where Explicit would want one at every product.
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+    return Mesh(arrange(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def arrange(sizes: list[int], devices: list) -> np.ndarray:
+    """The devices as an array of these sizes: what is near in the array is near in the machine.
+
+    Slices of TPUs are joined by a network too slow for anything but `data`, which goes across them.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1 or devices[0].platform != "tpu":
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    config.check(
+        sizes[0] % slices == 0,
+        f"data={sizes[0]} is not a multiple of the {slices} slices, which only data may cross; "
+        f"use layout.data={slices}",
+    )
+    inside = [sizes[0] // slices, *sizes[1:]]
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, [slices, 1, 1, 1], devices, allow_split_physical_axes=True
+    )
 
 
 def spec(*axes: str | None) -> P:
