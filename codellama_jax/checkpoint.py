@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import logging
+import os
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ class Checkpoints:
 
     def __init__(self, folder: epath.PathLike, keep: int):
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every file at INFO
-        self.folder = epath.Path(folder)
+        self.folder = absolute(folder)
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -105,7 +106,7 @@ def find(path: epath.PathLike) -> epath.Path:
 
     Raises ValueError when there is none, with what lies there instead.
     """
-    path = epath.Path(path)
+    path = absolute(path)
     check(path.is_dir(), f"there is no checkpoint at {path}: there is no such folder")
     if is_whole(path):
         return path
@@ -113,6 +114,12 @@ def find(path: epath.PathLike) -> epath.Path:
     hint = f"; it holds the stages {', '.join(stages)}" if stages else ""
     check(bool(_steps(path)), f"there is no checkpoint in {path}{hint}")
     return _steps(path)[-1]
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """`path` from the root, as Orbax wants it; gs:// and its like as they are."""
+    text = os.path.expanduser(path)
+    return epath.Path(text if "://" in text else os.path.abspath(text))
 
 
 def any_step(folder: epath.Path) -> bool:

@@ -19,7 +19,7 @@ def train(stage: config.Stage, workdir: epath.PathLike) -> state.Params:
     Raises ValueError for a workdir, corpus, tokenizer or parent that does not fit the stage, and
     FloatingPointError when the loss stops being finite.
     """
-    workdir = epath.Path(workdir)
+    workdir = checkpoint.absolute(workdir)
     folder, corpus_dir = workdir / stage.name, workdir / stage.data.corpus
 
     # -- mesh, tokenizer, workdir --------------------------------------------------------------

@@ -132,6 +132,16 @@ def test_saving_a_step_twice_writes_it_once(tmp_path):
     assert (tmp_path / "4").stat().st_mtime_ns == before
 
 
+def test_a_folder_may_be_named_from_where_one_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save("runs/code", 4)
+    assert checkpoint.find("runs/code") == tmp_path / "runs" / "code" / "4"
+    assert_equal(checkpoint.load("runs/code")[1], at(0).params)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert checkpoint.find("~/runs/code/4") == tmp_path / "runs" / "code" / "4"
+    assert str(checkpoint.absolute("gs://bucket/run")) == "gs://bucket/run"
+
+
 def test_where_there_is_none_what_is_there_is_said(tmp_path, saved):
     with pytest.raises(ValueError, match="nothing: there is no such folder"):
         checkpoint.find(tmp_path / "nothing")
