@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import orbax.checkpoint.checkpoint_managers as policies
 from etils import epath
 
-from codellama_jax import config, state
+from codellama_jax import config, state, tokenizer
 from codellama_jax.config import check
 
 ITEMS = ("params", "opt_state", "recipe")
@@ -181,12 +181,8 @@ def load(
     model = read_recipe(step)["model"]
     with _readable(step):
         stored = ocp.PyTreeCheckpointHandler().metadata(step / "params").tree["norm"].dtype
-    tokenizer = step.parent / "tokenizer.model"
-    return (
-        model,
-        restore_params(step, model, mesh, dtype or stored),
-        tokenizer if tokenizer.exists() else None,
-    )
+    params = restore_params(step, model, mesh, dtype or stored)
+    return model, params, tokenizer.beside(step.parent)
 
 
 def describe(stage: config.Stage, fingerprint: str, corpus_fingerprint: str | None = None) -> dict:

@@ -32,7 +32,7 @@ from jax.sharding import PartitionSpec as P
 from codellama_jax import checkpoint, config, decode, prompts, request, sharding, state
 from codellama_jax.config import check
 from codellama_jax.request import Request, Sampling
-from codellama_jax.tokenizer import Tokenizer
+from codellama_jax.tokenizer import Tokenizer, beside
 
 DEFAULT_TOP_P = 0.9  # of Meta's reference code
 PIECE_SECONDS = 0.1  # how long a stream is silent, roughly
@@ -378,8 +378,7 @@ def load(
         # Repairs are told, but not among the text that a program may print.
         tell = functools.partial(print, file=sys.stderr)
         model, params = convert.read_params(folder, dtype, say=tell)
-        places = (folder / "tokenizer.model", folder.parent / "tokenizer.model")  # Meta's: above
-        found = next((place for place in places if place.exists()), None)
+        found = beside(folder) or beside(folder.parent)  # Meta's lies above
     else:
         model, params, found = checkpoint.load(folder, mesh, dtype)
     if not isinstance(tokenizer, Tokenizer):

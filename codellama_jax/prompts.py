@@ -74,10 +74,12 @@ def infilled_middle(
 
     generated: the ids before EOT; after token healing they begin with the text `taken_back` from
     the prompt, which is no part of the middle. A space that the middle begins with is kept. Only
-    in SPM with an empty prefix, where training put a space before the middle, one is dropped.
+    in SPM with an empty prefix, where Llama's training put a space before the middle, one is
+    dropped.
     """
     text = _after(taken_back, tokenizer.decode_infilling(generated))
-    return text.removeprefix(" ") if suffix_first and not prefix else text
+    space_was_put = suffix_first and not prefix and tokenizer.puts_space
+    return text.removeprefix(" ") if space_was_put else text
 
 
 def completed(

@@ -134,7 +134,8 @@ class Request:
 # -- one for each kind of prompt -----------------------------------------------------------------
 def completion(tokenizer: Tokenizer, text: str, stop: Sequence[str] = ()) -> Request:
     text_of = functools.partial(prompts.completed, tokenizer, text)
-    return Request(tokenizer.encode(text, bos=True), text_of, stop=_texts(stop))
+    bos = tokenizer.begins_with_bos or not text  # a prompt has at least one id
+    return Request(tokenizer.encode(text, bos=bos), text_of, stop=_texts(stop))
 
 
 def chat(tokenizer: Tokenizer, dialog: Sequence[dict], stop: Sequence[str] = ()) -> Request:

@@ -1,7 +1,8 @@
 """Text to token ids and back, as Code Llama does it; and the training of a small vocabulary.
 
-A vocabulary is a SentencePiece `tokenizer.model`: Meta's of 32,000 pieces, Code Llama's of 32,016,
-or a nano one from `train`. Three things make a Tokenizer more than a SentencePieceProcessor:
+A vocabulary is a SentencePiece `tokenizer.model` (Meta's of 32,000 pieces, Code Llama's of 32,016,
+or a nano one from `train`) or a tokenizer.json, which tokenizer_json.py reads. Three things make a
+Tokenizer more than a SentencePieceProcessor:
 
 - *Infilling.* SentencePiece puts a space before every text. A middle or a suffix continues a
   document, so it is encoded without (`encode_infilling`), and decoded without losing a space of
@@ -51,7 +52,19 @@ class Tokenizer:
     bos_id eos_id  begin and end of a document
     prefix_id suffix_id middle_id eot_id   marks of an infilling; None where the model has none
     step_id        end of a chat message; None for all but Code Llama 70B
+    puts_space         a text that begins a document gets a space in front; Llama's does
+    begins_with_bos    a plain text that the model is given begins with BOS; Llama's does
     """
+
+    begins_with_bos = True
+
+    def __new__(cls, path: str | os.PathLike):
+        """A tokenizer.json is read by a class of its own, with the same face."""
+        if cls is Tokenizer and os.fspath(path).endswith(".json"):
+            from codellama_jax import tokenizer_json
+
+            return object.__new__(tokenizer_json.JsonTokenizer)
+        return object.__new__(cls)
 
     def __init__(self, path: str | os.PathLike):
         """Raises ValueError when there is no file at `path`, or no SentencePiece model in it."""
@@ -62,7 +75,16 @@ class Tokenizer:
         self.bos_id, self.eos_id = self._trusting.bos_id(), self._trusting.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{self.path} has no <s> or no </s>; Llama's vocabulary has both")
-        pieces = self._trusting.id_to_piece(list(range(self.vocab_size)))
+        self._set_pieces(self._trusting.id_to_piece(list(range(self.vocab_size))))
+        ids = {piece: i for i, piece in enumerate(self._pieces)}
+        self._guarded = spm_file.load(_guarded(self._model, {ids.get(p) for p in NEVER_FROM_TEXT}))
+        self._num_smiley_ids = len(self.encode(SMILEY))
+        self._settings = spm_file.settings(self._model)
+        self.puts_space = self._settings.puts_space
+        self._bytes = [self._bytes_of(i, piece) for i, piece in enumerate(self._pieces)]
+
+    def _set_pieces(self, pieces: list[str]) -> None:
+        """Finds the marks among the pieces. Raises ValueError for one that joins SMILEY to more."""
         if any(SMILEY in piece and piece != SMILEY for piece in pieces):
             raise ValueError(
                 f"{self.path} has a piece that joins {SMILEY} to other characters, "
@@ -71,11 +93,8 @@ class Tokenizer:
         ids = {piece: i for i, piece in enumerate(pieces)}
         marks = [ids.get(piece) for piece in (*INFILLING_PIECES, STEP_PIECE)]
         self.prefix_id, self.suffix_id, self.middle_id, self.eot_id, self.step_id = marks
-        self._guarded = spm_file.load(_guarded(self._model, {ids.get(p) for p in NEVER_FROM_TEXT}))
-        self._num_smiley_ids = len(self.encode(SMILEY))
-        self._settings = spm_file.settings(self._model)
+        self._pieces = pieces
         self._names = {ids[name]: name for name in CONTROL_PIECES if name in ids}
-        self._bytes = [self._bytes_of(i, piece) for i, piece in enumerate(pieces)]
 
     def __reduce__(self):
         return Tokenizer, (self.path,)
@@ -91,8 +110,8 @@ class Tokenizer:
         does; only for text you trust. Raises UnicodeEncodeError (a ValueError) for a lone
         surrogate, which no UTF-8 can hold.
         """
-        processor = self._trusting if control_text else self._guarded
-        return [self.bos_id] * bos + processor.encode(text.encode()) + [self.eos_id] * eos
+        ids = self._ids_of(text, trusting=control_text)
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_infilling(self, text: str, control_text: bool = False) -> list[int]:
         """Ids of a text that continues another: no space is put before it (section 2.3).
@@ -128,12 +147,12 @@ class Tokenizer:
         A character that several byte pieces spell waits for its last byte.
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="codellama_each_byte")
-        drop_space = self._settings.puts_space and not infilling
+        drop_space = self.puts_space and not infilling
         for token in ids:
             spelling = self._spelling(int(token), control_text)
             if drop_space and spelling:
                 # A space that is a byte piece, or part of " ⁇ ", is not the one put in front.
-                added = self._trusting.id_to_piece(int(token)).startswith(SPACE)
+                added = self._pieces[int(token)].startswith(SPACE)
                 spelling, drop_space = spelling[added:], False
             if text := decoder.decode(spelling, final=not spelling):
                 yield text
@@ -153,10 +172,10 @@ class Tokenizer:
         ids = [int(token) for token in ids]
         cut = len(ids)
         while cut > 0 and len(ids) - cut < most:
-            if not self._spelling(ids[cut - 1]) or self._trusting.is_byte(ids[cut - 1]):
+            if not self._spelling(ids[cut - 1]) or self._never_merges(ids[cut - 1]):
                 break
             cut -= 1
-            if self._trusting.id_to_piece(ids[cut]).startswith(SPACE):
+            if self._bytes[ids[cut]].startswith(b" "):
                 break
         return ids[:cut], self.decode_infilling(ids[cut:])
 
@@ -169,7 +188,7 @@ class Tokenizer:
         allows everything; in the others something is always allowed, if only single bytes.
         """
         wanted = text.encode()
-        texts = [b"" if self._trusting.is_unknown(i) else b for i, b in enumerate(self._bytes)]
+        texts = [b"" if self._is_unknown(i) else b for i, b in enumerate(self._bytes)]
         rows = [
             [bool(b) and (b.startswith(rest) or rest.startswith(b)) for b in texts]
             for rest in (wanted[s:] for s in range(len(wanted)))
@@ -189,7 +208,21 @@ class Tokenizer:
         identity = [*spm_file.split(self._model)[0], *self._settings]
         return hashlib.sha256(repr(identity).encode()).hexdigest()
 
+    def files(self) -> dict[str, bytes]:
+        """What to write beside weights that speak these ids: {name: content}."""
+        return {"tokenizer.model": self._model}
+
     # -- inside ----------------------------------------------------------------------------------
+
+    def _ids_of(self, text: str, trusting: bool) -> list[int]:
+        return (self._trusting if trusting else self._guarded).encode(text.encode())
+
+    def _never_merges(self, token: int) -> bool:
+        """True for a piece that is one byte: text after it never changes it."""
+        return self._trusting.is_byte(token)
+
+    def _is_unknown(self, token: int) -> bool:
+        return self._trusting.is_unknown(token)
 
     def _spelling(self, token: int, control_text: bool = False) -> bytes:
         """The bytes of text that a token stands for."""
@@ -207,6 +240,12 @@ class Tokenizer:
         if self._trusting.is_unknown(token):
             return self._settings.unknown
         return piece.replace(SPACE, " ").encode()
+
+
+def beside(folder: str | os.PathLike) -> epath.Path | None:
+    """The tokenizer that lies in `folder`: its tokenizer.model, or else its tokenizer.json."""
+    places = (epath.Path(folder) / name for name in ("tokenizer.model", "tokenizer.json"))
+    return next((place for place in places if place.exists()), None)
 
 
 def _guarded(model: bytes, ids: set[int | None]) -> bytes:

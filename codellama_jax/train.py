@@ -183,6 +183,7 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: epath.Path) -> None:
     """Puts the tokenizer beside the weights; only once it is known to be theirs."""
     if jax.process_index() != 0:
         return
-    temporary = folder / "tokenizer.model.tmp"
-    temporary.write_bytes(epath.Path(tokenizer.path).read_bytes())
-    temporary.replace(folder / "tokenizer.model")
+    for name, content in tokenizer.files().items():
+        temporary = folder / f"{name}.tmp"
+        temporary.write_bytes(content)
+        temporary.replace(folder / name)

@@ -135,11 +135,11 @@ def test_a_tokenizer_of_hugging_faces_own_goes_along_as_it_is(tmp_path):
 
 def test_llama_2s_vocabulary_grows_into_code_llamas(outside_material, tmp_path):
     old = outside_material / "tokenizer" / "llama2_tokenizer.model"
-    vocabulary.grow(old, tmp_path / "new.model")
+    vocabulary.grow((old,), tmp_path)
     rebuilt = outside_material / "tokenizer" / "codellama_tokenizer_rebuilt.model"
-    ours = [piece.text for piece in vocabulary.pieces(tmp_path / "new.model")]
+    ours = [piece.text for piece in vocabulary.pieces(tmp_path / "tokenizer.model")]
     assert ours == [piece.text for piece in vocabulary.pieces(rebuilt)]
-    new, reference = Tokenizer(tmp_path / "new.model"), Tokenizer(rebuilt)
+    new, reference = Tokenizer(tmp_path / "tokenizer.model"), Tokenizer(rebuilt)
     assert (new.prefix_id, new.suffix_id, new.middle_id, new.eot_id) == (32007, 32008, 32009, 32010)
     for text in [*TEXTS, "<PRE> <SUF> <MID> <EOT> <EOT><EOT> <E <M"]:
         assert new.encode(text) == reference.encode(text)
@@ -152,8 +152,8 @@ def test_new_rows_are_the_mean_of_the_old_ones(tmp_path, material, given):
     write(tmp_path / "a", "hf", model, "float32")
     shutil.copy(material / "tok512.model", tmp_path / "a/tokenizer.model")
     if given:
-        vocabulary.grow(material / "tok512.model", tmp_path / "longer.model")
-    tokenizer = tmp_path / "longer.model" if given else None
+        vocabulary.grow((material / "tok512.model",), tmp_path)
+    tokenizer = tmp_path / "tokenizer.model" if given else None
     source, to = ("hf", tmp_path / "a"), ("orbax", tmp_path / "b")
     convert.convert(source, to, grow_vocab=True, tokenizer=tokenizer, verify=True, say=quiet)
     grown = Tokenizer(tmp_path / "b/tokenizer.model")
@@ -175,4 +175,4 @@ def test_new_rows_are_the_mean_of_the_old_ones(tmp_path, material, given):
 
 def test_a_vocabulary_with_marks_is_not_grown_again(nano, tmp_path):
     with pytest.raises(ValueError, match="has ▁<EOT> already"):
-        vocabulary.grow(nano, tmp_path / "x")
+        vocabulary.grow((nano,), tmp_path)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from codellama_jax import config
+from codellama_jax import config, tokenizer, tokenizer_json
 from codellama_jax.convert import guard, proof, table
 from codellama_jax.convert.weights import Weights, copy_tokenizer, dtype, stream, tokenizer_files
 
@@ -202,10 +202,11 @@ def _tree_metadata(model: config.Model) -> dict:
 
 def _recipe(weights: Weights) -> dict:
     fingerprint = None
-    if weights.tokenizer and weights.tokenizer[0].suffix == ".model":
-        from codellama_jax import tokenizer
-
-        fingerprint = tokenizer.Tokenizer(weights.tokenizer[0]).fingerprint
+    for path in reversed(weights.tokenizer):  # a tokenizer.model counts before a tokenizer.json
+        if path.suffix == ".model":
+            fingerprint = tokenizer.Tokenizer(path).fingerprint
+        elif path.name == "tokenizer.json":
+            fingerprint = tokenizer_json.fingerprint(str(path))
     versions = {}
     for package in ("codellama_jax", "numpy"):
         try:

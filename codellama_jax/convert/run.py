@@ -189,11 +189,7 @@ def _check_options(kind: str, to: str, shards: int, shard_bytes: int) -> None:
 def _grown(weights: Weights, add_pieces: bool, folder: Path, say: Callable) -> Weights:
     """The weights and their tokenizer, with more rows."""
     if add_pieces:
-        model = next((p for p in weights.tokenizer if p.suffix == ".model"), None)
-        if model is None:
-            raise ValueError("there is no tokenizer.model to add pieces to; give --tokenizer")
-        vocabulary.grow(model, folder / "tokenizer.model")
-        weights = replace(weights, tokenizer=(folder / "tokenizer.model",))
+        weights = replace(weights, tokenizer=vocabulary.grow(weights.tokenizer, folder))
     old, new = weights.model.vocab_size, vocabulary.size(weights.tokenizer)
     say(f"vocabulary: {old:,} -> {new:,}, each new row the mean of the old ones")
     return weights_.grow(weights, new)

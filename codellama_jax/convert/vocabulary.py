@@ -5,11 +5,12 @@ and the others building blocks and repetitions that mean nothing.
 """
 
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import NamedTuple
 
-from codellama_jax import spm_file
+from codellama_jax import spm_file, tokenizer_json
 from codellama_jax.spm_file import NORMAL, UNUSED, USER_DEFINED
 from codellama_jax.tokenizer import BUILDING_PIECES, INFILLING_PIECES, SPACE, STEP_PIECE
 
@@ -64,17 +65,34 @@ def ends(paths: tuple[Path, ...]) -> tuple[int, list[int]]:
             settings = json.loads((path.parent / "tokenizer_config.json").read_text())
             tokens = [settings.get(f"{end}_token") for end in ("bos", "eos")]
             tokens = [t["content"] if isinstance(t, dict) else t for t in tokens]
-            return names.get(tokens[0], 1), [names.get(tokens[1], 2)]
+            marks = [names[name] for name in (INFILLING_PIECES[3], STEP_PIECE) if name in names]
+            return names.get(tokens[0], 1), [names.get(tokens[1], 2), *marks]
     return 1, [2]
 
 
-def grow(source: Path, destination: Path) -> None:
-    """Writes `source` with infilling marks: all 16 pieces of Code Llama after Llama 2's 32,000.
+def grow(files: tuple[Path, ...], folder: Path) -> tuple[Path, ...]:
+    """Writes the tokenizer of these files with infilling marks into `folder`; what was written.
 
-    A vocabulary of another size gets only the four marks. No text ever becomes one of the new
-    pieces except the marks, and those only if a tokenizer is told to trust the text. Raises
-    ValueError if the marks are there already.
+    Llama 2's 32,000 pieces get all 16 of Code Llama after them, others the four marks. No text ever
+    becomes one of the new pieces except the marks, and those only if a tokenizer is told to trust
+    the text. Raises ValueError if the marks are there already, or there is no tokenizer.
     """
+    names = {"tokenizer.model" if path.suffix == ".model" else path.name: path for path in files}
+    if "tokenizer.model" in names:
+        _grow_pieces(names["tokenizer.model"], folder / "tokenizer.model")
+        return (folder / "tokenizer.model",)
+    if "tokenizer.json" not in names:
+        raise ValueError("there is no tokenizer to add infilling marks to; give --tokenizer")
+    source = names.pop("tokenizer.json")
+    content = tokenizer_json.with_infilling(json.loads(source.read_text()), str(source))
+    (folder / source.name).write_text(json.dumps(content, ensure_ascii=False))
+    names.pop("generation_config.json", None)  # it does not know the new end
+    for name, path in names.items():
+        shutil.copyfile(path, folder / name)
+    return tuple(folder / name for name in (source.name, *names))
+
+
+def _grow_pieces(source: Path, destination: Path) -> None:
     old = pieces(source)
     new = CODE_LLAMA_PIECES if len(old) == 32_000 else INFILLING_PIECES
     clash = sorted({piece.text for piece in old} & set(new))
