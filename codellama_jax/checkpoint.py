@@ -29,7 +29,8 @@ class Checkpoints:
     """The checkpoints of one stage, open for writing. Close it (or use `with`) to finish writes."""
 
     def __init__(self, folder: epath.PathLike, keep: int):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every file at INFO
+        # Orbax narrates every file at INFO, and prints the errors that it raises as well
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.folder = absolute(folder)
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -44,25 +45,30 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_) -> None:
-        self._manager.close()
+        with _writable(self.folder):
+            self._manager.close()
 
     def latest(self) -> int | None:
         """Newest whole step, or None."""
         return self._manager.latest_step()
 
     def save(self, train_state: state.TrainState, recipe: dict) -> None:
-        """Starts writing the state under its step; returns once the arrays are copied."""
+        """Starts writing the state under its step; returns once the arrays are copied.
+
+        Raises OSError when the one before could not be written (so does closing).
+        """
         step = int(train_state.step)
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(train_state.params),
-                opt_state=ocp.args.PyTreeSave(train_state.opt_state),
-                recipe=ocp.args.JsonSave(recipe),
-            ),
-        )
+        with _writable(self.folder):  # or the one before, which was still being written
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.PyTreeSave(train_state.params),
+                    opt_state=ocp.args.PyTreeSave(train_state.opt_state),
+                    recipe=ocp.args.JsonSave(recipe),
+                ),
+            )
 
     def restore(self, abstract: state.TrainState) -> state.TrainState:
         """The newest state, placed as `abstract` says (shapes, dtypes, shardings)."""
@@ -86,6 +92,19 @@ def _restore(abstract: Any) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(
         item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
     )
+
+
+@contextlib.contextmanager
+def _writable(folder: epath.Path):
+    """Says in one sentence that a checkpoint was not written; what Orbax raises has many types."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).partition("\n")[0][-160:]
+        raise OSError(
+            f"a checkpoint could not be written to {folder}; those before it are whole. Is there "
+            f"space left? Start again to go on from the newest. Reason: ...{reason}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -194,6 +194,32 @@ def test_a_run_killed_while_it_writes_leaves_whole_checkpoints_only(tmp_path):
     assert checkpoint.any_step(tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [100_000, 2_000])
+def test_a_full_disk_is_told_in_one_sentence_and_leaves_what_was_whole(tmp_path, limit):
+    save(tmp_path, 3)
+    program = f"""
+        import resource, signal, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import conftest
+        import test_checkpoint as t
+        from codellama_jax import launch
+        t.at(0)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing too much is an error, not the end
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+        with launch.refusals():
+            t.save({str(tmp_path)!r}, 4, 5)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
+    )
+    assert run.returncode == 2
+    assert f"error: a checkpoint could not be written to {tmp_path}; " in run.stderr
+    assert "File too large" in run.stderr.splitlines()[-1]
+    assert checkpoint.find(tmp_path) == tmp_path / "3"
+    assert_equal(checkpoint.load(tmp_path)[1], at(0).params)
+
+
 def damaged(saved, tmp_path, what) -> Path:
     """A copy of a checkpoint with every file below `what` cut in half."""
     folder = shutil.copytree(saved / "3", tmp_path / "code" / "3")
