@@ -3,12 +3,21 @@
     python tools/prepare_corpus.py --tokenizer tokenizer.model --out work/corpus
     python tools/prepare_corpus.py --tokenizer tokenizer.model --out work/corpus \\
         --code-dir ~/src/project --code-dir ~/src/other
+    python tools/prepare_corpus.py --tokenizer tokenizer.model --out work/corpus --workers 16 \\
+        --input ~/src --input code=github.parquet --input language=wiki.jsonl.gz \\
+        --evaluation HumanEval.jsonl.gz
 
-Without --code-dir it is made of what every Python brings: the standard library, its docstrings and
-its reference prose. Run again, it finds its work done.
+--input is for corpora of any size: whole files, in bounded memory, in parallel. It takes
+directories of source files, .jsonl (.gz, .zst), .parquet and .array_record files or directories of
+them, and TensorFlow data sets, by name or folder. CORPUS= says which corpus the documents go to;
+without it, prose becomes `language`, the rest `code`, and `python` is the Python of `code`.
+
+Without --input it is made in memory: functions, docstrings and dialogues too, for small models, of
+the --code-dir or of what every Python brings. Run again, it finds its work done, or goes on.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -17,25 +26,71 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a clone that is 
 
 def main() -> int:
     args = arguments()
-    from codellama_jax.data import corpus, gather
     from codellama_jax.tokenizer import Tokenizer
 
     try:
-        request = gather.Request(
-            code_dirs=tuple(args.code_dir),
-            function_chars=args.function_chars,
-            heldout_rate=args.heldout_rate,
-            jaccard=args.jaccard,
-            seed=args.seed,
-        )
-        with Bars() as bars:
+        with Bars(in_bytes=bool(args.input)) as bars:
             tokenizer = Tokenizer(args.tokenizer)
-            prepared = corpus.prepare(args.out, tokenizer, request, progress=bars.update)
+            make = from_inputs if args.input else in_memory
+            prepared = make(args, tokenizer, bars.update)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     show(prepared)
     return 0
+
+
+def in_memory(args: argparse.Namespace, tokenizer, progress):
+    from codellama_jax.data import corpus, gather
+
+    for name in ("evaluation", "licence", "field", "filter", "keep_private", "workers"):
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect without --input")
+    request = gather.Request(
+        code_dirs=tuple(args.code_dir),
+        function_chars=args.function_chars,
+        heldout_rate=0.04 if args.heldout_rate is None else args.heldout_rate,
+        jaccard=args.jaccard,
+        seed=args.seed,
+    )
+    return corpus.prepare(args.out, tokenizer, request, progress=progress)
+
+
+def from_inputs(args: argparse.Namespace, tokenizer, progress):
+    from codellama_jax.data import filters, inputs, pipeline
+
+    for name in ("code_dir", "function_chars"):
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect with --input")
+    fields = {name: (value,) for name, value in pairs(args.field, inputs.Fields, "--field")}
+    types = {name: type(value) for name, value in vars(filters.Filters()).items()}
+    limits = {
+        name: types[name](float(value))
+        for name, value in pairs(args.filter, filters.Filters, "--filter")
+    }
+    request = pipeline.Request(
+        inputs=tuple(inputs.Input.parse(text) for text in args.input),
+        fields=inputs.Fields(**fields),
+        filters=filters.Filters(**limits, licences=tuple(args.licence)),
+        jaccard=args.jaccard,
+        evaluations=tuple(args.evaluation),
+        mask_private=not args.keep_private,
+        heldout_rate=0.01 if args.heldout_rate is None else args.heldout_rate,
+        seed=args.seed,
+    )
+    workers = args.workers or len(os.sched_getaffinity(0))
+    return pipeline.prepare(args.out, tokenizer, request, workers=workers, progress=progress)
+
+
+def pairs(given: list[str], settings: type, flag: str) -> list[list[str]]:
+    """NAME=VALUE, of names that the settings have."""
+    from dataclasses import fields
+
+    names = [field.name for field in fields(settings) if field.name != "licences"]
+    for text in given:
+        if "=" not in text or text.split("=")[0] not in names:
+            raise ValueError(f"{flag} {text}: write NAME=VALUE, of {', '.join(names)}")
+    return [text.split("=", 1) for text in given]
 
 
 def arguments() -> argparse.Namespace:
@@ -59,16 +114,30 @@ def arguments() -> argparse.Namespace:
         help="cut code into functions of at most N characters, for short rows (the nano recipe: "
         "560); 0, the default, keeps whole files",
     )
-    parser.add_argument("--heldout-rate", type=float, default=0.04, help="share of files held out")
+    parser.add_argument("--heldout-rate", type=float, help="share of files held out")
     parser.add_argument(
         "--jaccard", type=float, default=0.8, help="similarity of near-duplicates, 0 to 1"
     )
     parser.add_argument("--seed", type=int, default=0, help="of what is held out")
+    large = parser.add_argument_group("from inputs of any size")
+    for flag, metavar, text in (
+        ("--input", "[CORPUS=]PATH", "what to read; may be repeated, as all of these"),
+        ("--evaluation", "FILE", "JSONL evaluation set: what shares 30 words with it is left out"),
+        ("--licence", "NAME", "allowed licence; without any, all are"),
+        ("--field", "NAME=KEY", "where a record has its text, path, language, licence or source"),
+        ("--filter", "NAME=VALUE", "another threshold, e.g. line_chars=500; 0 switches it off"),
+    ):
+        large.add_argument(flag, action="append", default=[], metavar=metavar, help=text)
+    large.add_argument("--keep-private", action="store_true", help="keep keys and addresses")
+    large.add_argument("--workers", type=int, default=0, help="processes; default: one per core")
     return parser.parse_args()
 
 
 class Bars:
-    """One line per corpus on a terminal: documents, speed, time left."""
+    """One line per corpus or task on a terminal: how much, speed, time left."""
+
+    def __init__(self, *, in_bytes: bool):
+        self._in_bytes = in_bytes
 
     def __enter__(self) -> "Bars":
         from rich import progress
@@ -76,13 +145,14 @@ class Bars:
         columns = (
             progress.TextColumn("{task.description:14}"),
             progress.BarColumn(),
-            progress.MofNCompleteColumn(),
+            progress.DownloadColumn() if self._in_bytes else progress.MofNCompleteColumn(),
+            *([progress.TransferSpeedColumn()] if self._in_bytes else []),
             progress.TimeElapsedColumn(),
             progress.TimeRemainingColumn(),
         )
         self._progress = progress.Progress(*columns)
         self._tasks: dict = {}
-        self._reading = self._progress.add_task("reading", total=None)
+        self._reading = self._progress.add_task("looking", total=None)
         self._progress.start()
         return self
 
@@ -121,6 +191,10 @@ def show(prepared) -> None:
     console = Console()
     console.print(table)
     console.print(removed)
+    masked = prepared.manifest.get("masked", {})
+    if masked:
+        found = ", ".join(f"{count:,} {kind}" for kind, count in masked.items())
+        console.print(f"masked: {found}")
     origins = {entry["origin"] for entry in prepared.manifest["corpora"].values()}
     console.print(f"from {'; '.join(sorted(origins))}")
 

@@ -48,7 +48,7 @@ def near_duplicates(texts: list[str], threshold: float) -> list[int]:
     if not texts:
         return []
     hashes, starts = shingle_hashes(texts)
-    sketches = _sketches(hashes, starts)
+    marks = sketches(hashes, starts)
     root = list(range(len(texts)))
 
     def find(i: int) -> int:
@@ -64,9 +64,9 @@ def near_duplicates(texts: list[str], threshold: float) -> list[int]:
             sets[i] = np.unique(hashes[starts[i] : starts[i + 1]])
         return sets[i]
 
-    for a, b in _candidates(sketches):
+    for a, b in _candidates(marks):
         a_root, b_root = find(a), find(b)
-        if a_root != b_root and _jaccard(shingles(a), shingles(b)) >= threshold:
+        if a_root != b_root and jaccard(shingles(a), shingles(b)) >= threshold:
             root[max(a_root, b_root)] = min(a_root, b_root)
     return [find(i) for i in range(len(texts))]
 
@@ -76,27 +76,39 @@ def shingle_hashes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
     A shorter text is one shingle: all its words.
     """
-    word_hashes: dict[str, int] = {}
+    words, sizes = word_hashes(texts, least=SHINGLE_WORDS)
+    hashes, inside = run_hashes(words, sizes, SHINGLE_WORDS)
+    starts = np.concatenate([[0], np.cumsum(sizes - (SHINGLE_WORDS - 1))])
+    return hashes[inside], starts
+
+
+def word_hashes(texts: list[str], *, least: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of the words and signs of all texts, uint64 [words], and how many each text has.
+
+    The last word of a text with fewer than `least` is repeated.
+    """
+    numbers: dict[str, int] = {}
     rows = []
     for text in texts:
         words = re.findall(r"\w+|[^\w\s]", text)
-        row = [word_hashes.setdefault(w, len(word_hashes)) for w in words] or [0]
-        rows.append(row + [row[-1]] * (SHINGLE_WORDS - len(row)))
-    crc = np.array([zlib.crc32(word.encode()) for word in word_hashes] or [0], np.uint64)
+        row = [numbers.setdefault(w, len(numbers)) for w in words] or [0]
+        rows.append(row + [row[-1]] * (least - len(row)))
+    crc = np.array([zlib.crc32(word.encode()) for word in numbers] or [0], np.uint64)
     sizes = np.array([len(row) for row in rows])
-    words = crc[np.fromiter(chain.from_iterable(rows), np.int64, int(sizes.sum()))]
+    return crc[np.fromiter(chain.from_iterable(rows), np.int64, int(sizes.sum()))], sizes
+
+
+def run_hashes(words: np.ndarray, sizes: np.ndarray, num_words: int) -> tuple:
+    """Hashes of the run that begins at each word, and which runs lie inside one text."""
     mixed = np.zeros(len(words), np.uint64)
-    for turn in range(SHINGLE_WORDS):
+    for turn in range(num_words):
         mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + np.roll(words, -turn)
     ends = np.cumsum(sizes)
-    inside = np.ones(len(words), bool)
-    for back in range(1, SHINGLE_WORDS):  # these would run over into the next text
-        inside[ends - back] = False
-    starts = np.concatenate([[0], np.cumsum(sizes - (SHINGLE_WORDS - 1))])
-    return mixed[inside] ^ (mixed[inside] >> np.uint64(29)), starts
+    left = np.repeat(ends, sizes) - np.arange(len(words))  # words from here to the text's end
+    return mixed ^ (mixed >> np.uint64(29)), left >= num_words
 
 
-def _sketches(hashes: np.ndarray, starts: np.ndarray) -> np.ndarray:
+def sketches(hashes: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """MinHash sketches: uint32 [texts, 128]."""
     import rensa
 
@@ -110,20 +122,25 @@ def _candidates(sketches: np.ndarray):
     """Pairs whose sketches agree in all of some band."""
     for band in np.split(sketches, BANDS, axis=1):
         keys = np.ascontiguousarray(band).view(np.dtype((np.void, band.shape[1] * 4))).ravel()
-        _, bucket, sizes = np.unique(keys, return_inverse=True, return_counts=True)
-        order = np.argsort(bucket, kind="stable")
-        for group in np.split(order, np.cumsum(sizes)[:-1]):
-            if len(group) < 2:
-                continue
-            if len(group) <= LARGE_BUCKET:
-                yield from ((int(a), int(b)) for n, a in enumerate(group) for b in group[n + 1 :])
-            else:
-                for a, b in zip(group[:-1], group[1:], strict=True):
-                    yield int(a), int(b)
-                    yield int(group[0]), int(b)
+        yield from bucket_pairs(keys)
 
 
-def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
+def bucket_pairs(keys: np.ndarray):
+    """Pairs of places with equal keys, the smaller place first."""
+    _, bucket, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+    order = np.argsort(bucket, kind="stable")
+    ends = np.cumsum(sizes)
+    for number in np.flatnonzero(sizes > 1):
+        group = order[ends[number] - sizes[number] : ends[number]]
+        if len(group) <= LARGE_BUCKET:
+            yield from ((int(a), int(b)) for n, a in enumerate(group) for b in group[n + 1 :])
+        else:
+            for a, b in zip(group[:-1], group[1:], strict=True):
+                yield int(a), int(b)
+                yield int(group[0]), int(b)
+
+
+def jaccard(a: np.ndarray, b: np.ndarray) -> float:
     common = len(np.intersect1d(a, b, assume_unique=True))
     return common / (len(a) + len(b) - common)
 

@@ -35,17 +35,22 @@ REPORT_EVERY = 500  # documents
 
 
 class Split:
-    """The documents of one corpus that are trained on, or those held out."""
+    """The documents of one corpus that are trained on, or those held out.
 
-    def __init__(self, folder: Path, files: list[str], lengths: str):
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
+    entry: of the manifest. A corpus that is a part of another has its records, and an index.
+    """
 
+    def __init__(self, folder: Path, entry: dict):
+        files, lengths = entry["records"], entry["lengths"]
         self._name = f"{folder / files[0]} and its fellows" if files[1:] else str(folder / files[0])
         self.lengths = np.load(folder / lengths, mmap_mode="r")
-        self._records = ArrayRecordDataSource([str(folder / file) for file in files])
-        if len(self._records) != len(self.lengths):
+        self._records = record_source([str(folder / file) for file in files])
+        self._index = np.load(folder / entry["index"], mmap_mode="r") if "index" in entry else None
+        self._paths = np.load(folder / entry["paths"], mmap_mode="r") if "paths" in entry else None
+        count = len(self._records if self._index is None else self._index)
+        if count != len(self.lengths):
             raise ValueError(
-                f"{self._name} has {len(self._records)} documents, but {lengths} has "
+                f"{self._name} has {count} documents, but {lengths} has "
                 f"{len(self.lengths)} lengths; prepare the corpus again"
             )
 
@@ -54,13 +59,22 @@ class Split:
 
     def record(self, number: int) -> dict:
         """Document `number`. Raises ValueError where the file is damaged."""
+        place = number if self._index is None else int(self._index[number])
         try:
-            return json.loads(self._records[number])
+            return json.loads(self._records[place])
         except (RuntimeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"document {number} of {self._name} cannot be read ({error}); "
                 "prepare the corpus again"
             ) from None
+
+    def find(self, path: str) -> list[int]:
+        """Numbers of the documents of a file."""
+        if self._paths is None:  # a small corpus
+            numbers = range(len(self))
+        else:
+            numbers = np.flatnonzero(self._paths == np.uint64(path_hash(path))).tolist()
+        return [number for number in numbers if self.record(number)["path"] == path]
 
 
 @dataclass(frozen=True)
@@ -85,8 +99,7 @@ class Corpus:
             raise ValueError(
                 f"{self.folder} has no corpus {name!r}; it has {', '.join(self.names)}"
             )
-        entry = self.manifest["corpora"][name][which]
-        return Split(self.folder, entry["records"], entry["lengths"])
+        return Split(self.folder, self.manifest["corpora"][name][which])
 
     def texts(self, names: list[str], which: str = "train") -> Iterator[str]:
         """The texts of some corpora, in order."""
@@ -136,16 +149,16 @@ def prepare(
         "format": FORMAT,
         "asked": asked,
         "settings": asdict(request),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in PACKAGES},
         "corpora": corpora,
         "removed": gathered.tally.removed,
         "files": {
-            path.relative_to(folder).as_posix(): _checksum(path)
+            path.relative_to(folder).as_posix(): checksum(path)
             for name in corpora
             for path in sorted((folder / name).iterdir())
         },
     }
-    _write(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+    write(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
     return open(folder, tokenizer)
 
 
@@ -188,7 +201,7 @@ def _write_split(folder: Path, stem: str, records: list[dict], measure: "_Measur
     shards = _shards(lines)
     names = [f"{stem}-{n:05d}-of-{len(shards):05d}.array_record" for n in range(len(shards))]
     for file, shard in zip(names, shards, strict=True):
-        _write_shard(folder / file, shard)
+        write_shard(folder / file, shard)
     temporary = folder / f"{stem}.lengths.tmp.npy"
     np.save(temporary, np.array(lengths, np.uint32))
     os.replace(temporary, folder / f"{stem}.lengths.npy")
@@ -235,34 +248,62 @@ def _shards(lines: list[bytes]) -> list[list[bytes]]:
     return shards
 
 
-def _write_shard(path: Path, lines: list[bytes]) -> None:
-    from array_record.python.array_record_module import ArrayRecordWriter
-
+def write_shard(path: Path, lines: list[bytes]) -> None:
     temporary = path.with_suffix(".tmp")
-    try:
-        writer = ArrayRecordWriter(str(temporary), "group_size:1")  # one record a read
-        for line in lines:
-            writer.write(line)
-        writer.close()
-    except RuntimeError as error:  # a full disk, for one
-        raise OSError(f"{temporary} could not be written: {error}") from None
+    writer = Writer(temporary)
+    for line in lines:
+        writer.write(line)
+    writer.close()
     os.replace(temporary, path)
 
 
-def _version(package: str) -> str:
+class Writer:
+    """Writes an ArrayRecord file whose records are read one by one. Close it in every case."""
+
+    def __init__(self, path: Path):
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        self._path = path
+        self._writer = ArrayRecordWriter(str(path), "group_size:1")
+
+    def write(self, line: bytes) -> None:
+        self._try(lambda: self._writer.write(line))
+
+    def close(self) -> None:
+        self._try(self._writer.close)
+
+    def _try(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except RuntimeError as error:  # a full disk, for one
+            raise OSError(f"{self._path} could not be written: {error}") from None
+
+
+def record_source(files: list[str]):
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    return ArrayRecordDataSource(files)
+
+
+def path_hash(path: str) -> int:
+    """What a corpus keeps of every path, so that a document is found without reading them all."""
+    return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "little")
+
+
+def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 
 
-def _write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
 
 
-def _checksum(path: Path) -> dict:
+def checksum(path: Path) -> dict:
     with path.open("rb") as file:
         return {
             "bytes": path.stat().st_size,
@@ -301,7 +342,7 @@ def open(folder: str | Path, tokenizer=None, *, verify: bool = False) -> Corpus:
         if size != entry["bytes"]:
             state = "is missing" if size is None else f"has {size} bytes, not {entry['bytes']}"
             raise ValueError(f"{file} {state}; prepare the corpus again")
-        if verify and _checksum(file) != entry:
+        if verify and checksum(file) != entry:
             raise ValueError(f"{file} differs from its checksum; prepare the corpus again")
     ours = manifest["asked"]["tokenizer"]
     if tokenizer is not None and tokenizer.fingerprint != ours:

@@ -106,7 +106,7 @@ def code_tree(folder: str | Path, *, limits: Limits, tally: Tally) -> list[Docum
         raise ValueError(f"{root} is not a directory; name a directory of source files")
     documents = [
         document
-        for path in _files(root)
+        for path in source_files(root)
         if (document := _read(path, root, root.resolve().name, "unknown", limits, tally))
     ]
     if not documents:
@@ -125,7 +125,9 @@ def python_installation(*, limits: Limits, tally: Tally) -> list[Document]:
         root = Path(sysconfig.get_path(kind))
         if not root.is_dir():
             continue
-        for path in _files(root, skipped={"test", "tests", "idle_test", "lib2to3", "pydoc_data"}):
+        for path in source_files(
+            root, skipped={"test", "tests", "idle_test", "lib2to3", "pydoc_data"}
+        ):
             document = _read(path, root, f"{source}-{kind}", PYTHON_LICENCE, limits, tally)
             if document:
                 documents.append(document)
@@ -136,7 +138,7 @@ def listing(folders: list[Path]) -> list[tuple[str, int, int]]:
     """Path, size and time of change of every file that would be read: they tell a change."""
     entries = []
     for root in folders:
-        for path in _files(root):
+        for path in source_files(root):
             status = path.stat()
             entries.append((str(path), status.st_size, status.st_mtime_ns))
     return entries
@@ -150,7 +152,7 @@ def _topics(source: str) -> Iterator[Document]:
         yield Document(text.strip() + "\n", f"topics/{name}", "prose", source, PYTHON_LICENCE)
 
 
-def _files(root: Path, *, skipped: set[str] = frozenset()) -> Iterator[Path]:
+def source_files(root: Path, *, skipped: set[str] = frozenset()) -> Iterator[Path]:
     """Files with a known ending, in a fixed order; hidden folders and links are not entered."""
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(
