@@ -1,6 +1,7 @@
 """The command line of a recipe: list its stages, change fields, train."""
 
 import argparse
+import dataclasses
 import os
 import shutil
 import sys
@@ -13,9 +14,16 @@ from codellama_jax.config import check
 Stages = dict[str, config.Stage]
 
 
-def main(stages: Callable[[str], Stages], sizes: tuple[str, ...], description: str) -> None:
-    """Runs one stage of a recipe: --size, --stage, --workdir, --set field=value, --list."""
-    args = parser(description, sizes).parse_args()
+def main(
+    stages: Callable[[str], Stages],
+    sizes: tuple[str, ...],
+    description: str,
+    layouts: Callable[[config.Stage, str], dict[str, config.Layout]],
+) -> None:
+    """Runs one stage of a recipe: --size, --stage, --slice, --workdir, --set a.b=value, --list."""
+    flags = parser(description, sizes)
+    flags.add_argument("--slice", help="TPUs to lay the stage out for, such as v5e:16x16")
+    args = flags.parse_args()
     with refusals():
         if args.list:
             for size in [args.size] if args.size else sizes:
@@ -25,7 +33,7 @@ def main(stages: Callable[[str], Stages], sizes: tuple[str, ...], description: s
         rows = stages(args.size)
         check(args.stage is not None, f"--stage is missing; {args.size} has {', '.join(rows)}")
         check(args.workdir is not None, "--workdir is missing: where checkpoints go (may be gs://)")
-        chosen = {args.stage: pick(rows, args.stage, args.size)}
+        chosen = {args.stage: laid_out(pick(rows, args.stage, args.size), args, layouts)}
         stage = changed(chosen, args.set)[args.stage]
         start_processes()
         from codellama_jax import train
@@ -51,6 +59,19 @@ def parser(description: str, sizes: tuple[str, ...] = ()) -> argparse.ArgumentPa
     )
     made.add_argument("--list", action="store_true", help="print every stage on one line, and stop")
     return made
+
+
+def laid_out(stage: config.Stage, args: argparse.Namespace, layouts: Callable) -> config.Stage:
+    """The stage with the recipe's layout for --slice."""
+    if args.slice is None:
+        return stage
+    have = layouts(stage, args.size)
+    check(
+        args.slice in have,
+        f"{args.size} {stage.name} has no layout for slice {args.slice!r}, only for "
+        f"{', '.join(have) or 'none'}; plan one with tools/plan_pod.py and give it by --set",
+    )
+    return dataclasses.replace(stage, layout=have[args.slice])
 
 
 def pick(stages: Stages, name: str, where: str) -> config.Stage:

@@ -1,4 +1,4 @@
-"""Code Llama: every size, branch and stage of the paper (arXiv 2308.12950).
+r"""Code Llama: every size, branch and stage of the paper (arXiv 2308.12950).
 
     7B, 13B   llama2 -> code -> long_context -> instruct
               llama2 -> code_no_infilling -> python -> python_long_context
@@ -8,7 +8,8 @@
                         code -> python -> instruct
 
     python recipes/code_llama.py --list
-    python recipes/code_llama.py --size 7b --stage code --workdir gs://bucket/codellama-7b
+    python recipes/code_llama.py --size 7b --stage code --slice v5e:16x16 \
+        --workdir gs://bucket/codellama-7b
 
 The workdir holds the imported weights of Llama 2 with their tokenizer, and a corpus prepared for
 it. Models that infill have 16 more pieces than Llama 2 (section 2.3), so theirs are other folders
@@ -24,7 +25,7 @@ neither says.
 from dataclasses import replace
 
 from codellama_jax import launch
-from codellama_jax.config import SIZES, B, Data, Optim, Stage
+from codellama_jax.config import SIZES, B, Data, Layout, Optim, Stage
 
 BATCH = 1_024 * 4_096  # sec. 2.6: 4M tokens
 LLAMA_2_VOCABULARY = 32_000  # without the 16 pieces for infilling
@@ -53,7 +54,19 @@ LONG_STEPS = {    # sec. 2.6
     ("34b", "python_long_context"): 11_000,
     ("70b", "long_context"): 11_000,         # ours: as 34B
 }
+# Compiled for these slices by tools/plan_pod.py: they fit with 5% to spare. docs/pods.md has the
+# bytes and seconds, and what else was tried. Ours.
+LAYOUTS = {       # size, rows of a batch, row length: slice
+    ("7b", 1_024, 4_096): {
+        "v5e:16x16": Layout(microbatches=4, remat="dots", loss_chunk=4_096),
+    },
+}
 # fmt: on
+
+
+def layouts(stage: Stage, size: str) -> dict[str, Layout]:
+    """How a stage lies on the slices of TPUs it has been compiled for, such as v5e:16x16."""
+    return LAYOUTS.get((size, stage.data.rows_per_batch, stage.data.seq_len), {})
 
 
 def stages(size: str) -> dict[str, Stage]:
@@ -176,4 +189,4 @@ def instructed(before: Stage) -> Stage:
 
 
 if __name__ == "__main__":
-    launch.main(stages, tuple(SIZES), __doc__)
+    launch.main(stages, tuple(SIZES), __doc__, layouts)

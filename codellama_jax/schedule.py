@@ -1,0 +1,219 @@
+"""What a compiled TPU program does in time, read from its scheduled HLO text.
+
+The compiler's own totals are of no use: they count the body of a loop once and kernels not at all.
+So the text is walked: every computation with the number of times it runs, and in it
+
+    cycles       the sum of `estimated_cycles` of its instructions
+    kernels      Pallas calls by name; they carry no cycles
+    collectives  what moves between chips, by kind, type and group; these carry no cycles either
+
+A loop says how often it runs by the constant in its condition. One asynchronous collective appears
+as a start, fused steps and a done with the same channel: it is counted once.
+"""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "send")
+BYTES = {
+    "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
+    "bf16": 2, "f16": 2, "f32": 4, "f64": 8,
+}  # fmt: skip
+
+HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+OPCODE = re.compile(r"(?<=[\s)}\]])([a-z][a-z0-9\-]*)\(")
+SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
+CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+CONSTANT = re.compile(r" s32\[\][^ ]* constant\((\d+)\)")
+CHANNEL = re.compile(r"channel_id=(\d+)")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of a computation, run once each time the computation is."""
+
+    kind: str
+    dtype: str
+    size: int  # bytes of its larger side, per device
+    group: tuple[int, ...]  # devices of its first group, as places in the mesh
+    asynchronous: bool
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes a device sends: a ring moves all but its own part; an all-reduce does so twice."""
+        others = (len(self.group) - 1) / len(self.group) if self.group else 1.0
+        if self.kind == "all-reduce":
+            return 2 * others * self.size
+        return self.size * (1.0 if self.kind in ("collective-permute", "send") else others)
+
+
+@dataclass
+class Region:
+    """A computation that runs `times` times: the program itself, or the body of a loop."""
+
+    name: str
+    times: int
+    cycles: int = 0
+    kernels: Counter = field(default_factory=Counter)
+    collectives: list[Collective] = field(default_factory=list)
+
+
+def read(text: str) -> list[Region]:
+    """The regions of a scheduled HLO module, the whole program first.
+
+    Raises ValueError for a text that is no scheduled module.
+    """
+    computations, entry = split(text)
+    if entry is None or "is_scheduled=true" not in text[:2_000]:
+        raise ValueError("this is no scheduled HLO module: it has no entry, or no schedule")
+    regions: list[Region] = []
+    seen: set[str] = set()  # channels
+
+    def walk(name: str, region: Region, within_fusion: bool, asynchronous: bool) -> None:
+        for line in computations.get(name, ()):
+            match = INSTRUCTION.match(line)
+            if match is None:
+                continue
+            body = match[2]
+            opcode = OPCODE.search(" " + body)
+            op = opcode[1] if opcode else ""
+            if op == "while":
+                loop = Region(CALLED.search(body)[1], region.times * trips(computations, body))
+                regions.append(loop)
+                walk(loop.name, loop, False, False)
+                continue
+            if not within_fusion and (cycles := CYCLES.search(body)):
+                region.cycles += int(cycles[1])
+            if op == "custom-call" and 'custom_call_target="tpu_custom_call"' in body:
+                region.kernels[kernel_name(match[1], body)] += 1
+            found = collective(op, body, asynchronous)
+            if found is not None:
+                channel = CHANNEL.search(body)
+                key = f"{found.kind} {channel[1]}" if channel else f"{name} {match[1]}"
+                if key not in seen:
+                    seen.add(key)
+                    region.collectives.append(found)
+                continue
+            if op in ("fusion", "call", "conditional", "async-start", "custom-call"):
+                overlapped = asynchronous or op == "async-start" or "async" in match[1]
+                inner = within_fusion or op != "call" and op != "conditional"
+                for called in callees(body):
+                    walk(called, region, inner, overlapped)
+
+    program = Region(entry, 1)
+    regions.append(program)
+    walk(entry, program, False, False)
+    return regions
+
+
+def split(text: str) -> tuple[dict[str, list[str]], str | None]:
+    """The lines of each computation by name, and the name of the entry.
+
+    A computation ends with a line that is exactly "}": kernels hold lines that only begin so.
+    """
+    computations: dict[str, list[str]] = {}
+    entry, lines = None, None
+    for line in text.splitlines():
+        if lines is None:
+            match = HEADER.match(line)
+            if match:
+                lines = computations.setdefault(match[2], [])
+                entry = match[2] if match[1] else entry
+        elif line == "}":
+            lines = None
+        else:
+            lines.append(line)
+    return computations, entry
+
+
+def trips(computations: dict[str, list[str]], loop: str) -> int:
+    """How often a while instruction runs: the largest s32 constant of its condition."""
+    condition = CONDITION.search(loop)
+    found = [
+        int(value)
+        for line in computations.get(condition[1] if condition else "", ())
+        for value in CONSTANT.findall(line)
+    ]
+    if not found:
+        raise ValueError(f"no trip count in the condition of the loop {loop[:120]}")
+    return max(found)
+
+
+def callees(body: str) -> list[str]:
+    names = CALLED.findall(body)
+    for branches in BRANCHES.findall(body):
+        names += [name.strip().lstrip("%") for name in branches.split(",")]
+    return names
+
+
+def kernel_name(name: str, body: str) -> str:
+    """The function a Pallas call was made from, such as splash_mha_fwd."""
+    match = re.search(r'kernel_name\W+([\w.\-]+)|op_name="[^"]*?([\w\-]+)"', body)
+    found = match and (match[1] or match[2])
+    return re.sub(r"[.\d]+$", "", found or name)
+
+
+def collective(op: str, body: str, asynchronous: bool) -> Collective | None:
+    """The collective that this instruction begins, if it begins one."""
+    kind = op.removesuffix("-start")
+    if kind not in KINDS:
+        return None
+    group, shapes = group_of(body), shapes_of(body.split(f" {op}(", 1)[0])
+    dtype = max(shapes, key=lambda shape: shape[1], default=("?", 0))[0]
+    size = sum(n for _, n in shapes)  # one instruction may carry several arrays
+    if kind == "reduce-scatter":
+        size *= len(group) or 1
+    if op == "all-gather-start":  # its type holds operands and results
+        size = round(size / (1 + 1 / (len(group) or 1)))
+    if op in ("collective-permute-start", "send"):
+        size = max((n for _, n in shapes), default=0)
+    return Collective(kind, dtype, size, group, asynchronous or op.endswith("-start"))
+
+
+def shapes_of(text: str) -> list[tuple[str, int]]:
+    return [
+        (dtype, BYTES[dtype] * math.prod(int(n) for n in dims.split(",") if n))
+        for dtype, dims in SHAPE.findall(text)
+        if dtype in BYTES
+    ]
+
+
+def group_of(body: str) -> tuple[int, ...]:
+    """The first replica group, in the three ways XLA writes groups.
+
+    {{0,1},{2,3}}   [2,2]<=[4]T(1,0)   mesh['a'=2,'b'=2] {'b'}
+    """
+    match = re.search(r"replica_groups=\{\{([\d,]+)\}", body)
+    if match:
+        return tuple(int(n) for n in match[1].split(","))
+    match = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", body)
+    if match:
+        import numpy as np
+
+        ids = np.arange(int(match[1]) * int(match[2])).reshape(
+            [int(n) for n in match[3].split(",")]
+        )
+        if match[4]:
+            ids = ids.transpose([int(n) for n in match[4].split(",")])
+        return tuple(int(n) for n in ids.reshape(int(match[1]), int(match[2]))[0])
+    match = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", body)
+    if match:
+        return mesh_group(match[1], match[2])
+    return ()
+
+
+def mesh_group(axes: str, over: str) -> tuple[int, ...]:
+    """The devices along named axes from device 0: mesh_group("'a'=2,'b'=2", "'b'") -> (0, 1)."""
+    import numpy as np
+
+    sizes = re.findall(r"'([^']+)'=(\d+)", axes)
+    names = re.findall(r"'([^']+)'", over)
+    ids = np.arange(math.prod(int(n) for _, n in sizes)).reshape([int(n) for _, n in sizes])
+    place = tuple(slice(None) if name in names else 0 for name, _ in sizes)
+    return tuple(int(n) for n in ids[place].ravel())

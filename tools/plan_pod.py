@@ -1,0 +1,129 @@
+r"""What a stage needs on TPUs: bytes, seconds, chip-hours. Compiles the real step; needs no TPU.
+
+    python tools/plan_pod.py --size 7b --stage code                       which slices fit
+    python tools/plan_pod.py --size 7b --stage code --slice v5e:16x16     one of them, compiled
+    python tools/plan_pod.py --size 34b --stage code --slice v5p:4x4x8 --set layout.tensor=2
+    python tools/plan_pod.py --size 7b --stage code --slice v5e:16x16 --search
+
+A compile takes one to five minutes of one or two cores and up to 3 GB; the answer is kept, and the
+same question is answered at once. Needs the TPU compiler: pip install 'codellama_jax[aot]'.
+docs/pods.md says how the time is estimated and what the estimate leaves out.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a clone that is not installed
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from codellama_jax import chips, config, launch, plan
+from recipes import code_llama
+
+
+def main() -> None:
+    args = arguments()
+    with launch.refusals():
+        where = chips.Slice.parse(args.slice) if args.slice else None
+        stages = code_llama.stages(args.size)
+        stage = launch.pick(stages, args.stage, args.size)
+        if where is not None:
+            layout = code_llama.layouts(stage, args.size).get(str(where), stage.layout)
+            stage = dataclasses.replace(stage, layout=layout)
+        stage = launch.changed({stage.name: stage}, args.set)[stage.name]
+        if where is None:
+            print(json.dumps(survey(stage), indent=1) if args.json else surveyed(stage))
+        elif args.search:
+            found = search(stage, where, args.json)
+            print(json.dumps(found, indent=1) if args.json else ranking(found))
+        else:
+            report = plan.plan(stage, where, quick=args.quick)
+            print(json.dumps(report, indent=1) if args.json else plan.table(report))
+
+
+def arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=tuple(config.SIZES), required=True)
+    parser.add_argument("--stage", required=True, help="such as code; recipes/code_llama.py --list")
+    parser.add_argument("--slice", metavar="CHIP:SHAPE", help="such as v5e:16x16 or 2xv5p:4x4x8")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="as in the recipe"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="bytes only: compiles in half the time"
+    )
+    parser.add_argument("--search", action="store_true", help="compile many layouts, and rank them")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    if args.slice is None and (args.search or args.quick):
+        parser.error("--search and --quick compile: say for which --slice")
+    if args.search and args.quick:
+        parser.error("--search ranks by time, which --quick does not give")
+    return args
+
+
+def survey(stage: config.Stage) -> list[dict]:
+    """For each chip its slices by arithmetic, and the smallest that fits."""
+    rows = []
+    for chip in chips.CHIPS.values():
+        fits = plan.smallest(stage, chip)
+        for where in chips.known(chip):
+            rows.append(
+                {
+                    "slice": str(where),
+                    "chips": where.chips,
+                    "needs_gib": round(plan.needed_gib(stage, where.devices), 1),
+                    "has_gib": chip.hbm_gib,
+                    "smallest": fits is not None and where == fits,
+                }
+            )
+    return rows
+
+
+def surveyed(stage: config.Stage) -> str:
+    lines = [f"{stage.name}: GiB a device, by arithmetic (a lower bound; compile to be sure)", ""]
+    for row in survey(stage):
+        mark = "  <- smallest that fits" if row["smallest"] else ""
+        lines.append(
+            f"{row['slice']:>14} {row['chips']:6} chips {row['needs_gib']:8.1f} of "
+            f"{row['has_gib']}{mark}"
+        )
+    return "\n".join(lines)
+
+
+def search(stage: config.Stage, where: chips.Slice, quiet: bool) -> list[dict]:
+    """Every candidate layout, the fastest first; then those that do not fit."""
+    found = []
+    for layout in plan.candidates(stage, where):
+        fields = " ".join(plan.as_fields(layout))
+        try:
+            report = plan.plan(dataclasses.replace(stage, layout=layout), where)
+        except ValueError as error:
+            report = {"layout": config.to_json(layout), "refused": str(error)}
+        found.append(report | {"fields": fields})
+        if not quiet:
+            print(one_line(found[-1]), flush=True)
+    return sorted(found, key=lambda report: report.get("time", {}).get("step_seconds", 1e9))
+
+
+def ranking(found: list[dict]) -> str:
+    return "\n".join(["", "fastest first", *(one_line(report) for report in found)])
+
+
+def one_line(report: dict) -> str:
+    if "refused" in report:
+        return f"{'refused':>26}  {report['fields']}: {report['refused']}"
+    time, memory = report["time"], report["memory"]
+    return (
+        f"{time['step_seconds']:8.3f} s {time['mfu']:6.1%} {memory['peak']:6.2f} GiB  "
+        f"{report['fields']}"
+    )
+
+
+if __name__ == "__main__":
+    main()
