@@ -50,6 +50,8 @@ GAINS = {
     "spm_over_other": "SPM: against another document's suffix",
     "psm": "PSM: against no suffix",
     "psm_over_plain": "PSM: against plain, left to right",
+    "spm_with_end": "SPM: against no suffix, text and end",
+    "psm_with_end": "PSM: against no suffix, text and end",
 }
 
 
@@ -176,7 +178,7 @@ def infilling(middles: Middles, path: Path) -> None:
 
 def _gains(place, middles: Middles) -> None:
     # PSM against plain reading is left to the tables: it is about the order more than the suffix.
-    shown = [name for name in GAINS if name != "psm_over_plain"]
+    shown = [name for name in GAINS if name.startswith("spm") or name == "psm"]
     for number, name in enumerate(shown):
         gain = middles.gain[name]
         colour = GREEN if gain.low > 0 else RED if gain.high < 0 else GREY

@@ -88,6 +88,7 @@ def infilling_words(infilling: Infilling, model: config.Model, tokens: int) -> s
             f"In SPM the right suffix {gain_words(gain['spm'], 'no suffix')}; it "
             f"{gain_words(gain['spm_over_other'], 'the suffix of another document')}, and "
             f"{gain_words(gain['spm_over_plain'], plain)}.",
+            f"Counting the end of the line, it {gain_words(gain['spm_with_end'], 'no suffix')}.",
             f"In PSM it {gain_words(gain['psm'], 'no suffix')}, and "
             f"{gain_words(gain['psm_over_plain'], plain)}.",
             f"Of {infilling.middles.problems} lines, {_right(infilling.spm)} are written right in "

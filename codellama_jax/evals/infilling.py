@@ -13,6 +13,8 @@ in the forms below; what is scored is always the line, token for token the same.
 
 An empty suffix is unusual in training, so a model may be worse without one for that alone; `plain`
 is what a model without infilling does, and `spm_other` tells a suffix from the right suffix.
+Bits are those of the line's text; a gain "with_end" counts EOT, too: all that a model has to
+write, and where to stop is what a suffix tells most of all.
 """
 
 import ast
@@ -39,6 +41,8 @@ GAINS = {  # what the suffix gains: bits per byte of the first form less those o
     "psm_over_plain": ("plain", "psm"),
     "spm_over_plain": ("plain", "spm"),
     "spm_over_other": ("spm_other", "spm"),
+    "psm_with_end": ("psm_no_suffix", "psm"),
+    "spm_with_end": ("spm_no_suffix", "spm"),
 }
 MIN_CHARS = 8  # fewer characters other than space make a line too easy: `else:`, `return`
 COMMENTS = ("#", "//", "/*", "*", "--", ";", "%")  # how such a line begins
@@ -183,11 +187,16 @@ def bits_per_byte(
     def interval(values):
         return bootstrap.interval(values, weights, groups)
 
+    def gain(name):
+        cost = {f: bits[f] + ends[f] / np.log(2) * name.endswith("with_end") for f in GAINS[name]}
+        before, after = GAINS[name]
+        return interval(cost[before] - cost[after])
+
     return Middles(
         problems=len(problems),
         documents=len(set(groups)),
         bits_per_byte={form: interval(values) for form, values in bits.items()},
-        gain={name: interval(bits[a] - bits[b]) for name, (a, b) in GAINS.items()},
+        gain={name: gain(name) for name in GAINS},
         eot_nats={form: float(ends[form].mean()) for form in FORMS if form != "plain"},
     )
 
