@@ -119,6 +119,11 @@ def test_a_run_that_was_interrupted_goes_on(prepared, sources, tmp_path, kill_at
     assert content(again.folder) == content(prepared.folder)
 
 
+def children(pid: int) -> list[str]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return path.read_text().split() if path.exists() else []
+
+
 @pytest.mark.slow
 def test_a_killed_process_leaves_only_whole_shards_behind(prepared, sources, tmp_path):
     tool = Path(__file__).parents[1] / "tools" / "prepare_corpus.py"
@@ -129,8 +134,11 @@ def test_a_killed_process_leaves_only_whole_shards_behind(prepared, sources, tmp
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while not list(tmp_path.glob("corpus/work/read-*[0-9]")):
         time.sleep(0.01)
+    workers = children(killed.pid)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
+    while any(Path(f"/proc/{worker}/exe").exists() for worker in workers):  # none lives on
+        time.sleep(0.05)
     assert not (tmp_path / "corpus" / "manifest.json").exists()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     whole = prepare(tmp_path / "whole", request(sources, unit_bytes=64 * 1024**2))

@@ -10,8 +10,8 @@ import functools
 import numpy as np
 
 from codellama_jax import prompts
-from codellama_jax.data import fitting, shuffle
-from codellama_jax.data.rows import Piece, Row, pack
+from codellama_jax.data import damage, fitting, shuffle
+from codellama_jax.data.rows import STAND_INS, Piece, Row, pack
 
 
 class DialogueRows:
@@ -31,6 +31,7 @@ class DialogueRows:
         # Longest first: what best fit needs.
         self._fitting = self._fitting[np.argsort(-lengths[self._fitting], kind="stable")]
         self._lengths = lengths[self._fitting]
+        self.damage = damage.Damage(name, len(lengths))
         self._rows = fitting.best_fit(self._lengths.tolist(), self.capacity)
         self.rows_per_epoch = len(self._rows)
         self._epoch_order = functools.lru_cache(maxsize=2)(self._shuffle_epoch)
@@ -50,6 +51,17 @@ class DialogueRows:
         return [self._read(epoch, int(dialogues[i])) for i in self._rows[row_order[number]]]
 
     def _read(self, epoch: int, document: int) -> Piece:
+        """A dialogue; where it is damaged, the next shorter or equally long one in its place."""
+        read = functools.partial(self._read_dialogue, epoch)
+
+        def others():
+            place = int(np.flatnonzero(self._fitting == document)[0])
+            for other in self._fitting[place + 1 : place + 1 + STAND_INS].tolist():
+                yield other, functools.partial(read, other)
+
+        return self.damage.read(document, functools.partial(read, document), others())
+
+    def _read_dialogue(self, epoch: int, document: int) -> Piece:
         record = self.documents.record(document)
         ids, _ = prompts.chat_example(self.tokenizer, record["dialog"])
         length = int(self.documents.lengths[document])

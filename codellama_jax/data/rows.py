@@ -19,12 +19,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from codellama_jax.data import fitting, infilling, shuffle, tokens
+from codellama_jax.data import damage, fitting, infilling, shuffle, tokens
 
 # Tokens that an infilled document may have more than a plain one: 5 on average with the vocabulary
 # of Code Llama or of the nano recipe; 1 in 100 draws of library code needs more than 8.
 ROOM = 8
 BLOCK = 1_024  # documents whose common length is kept
+STAND_INS = 8  # other documents that are tried in the place of a damaged one
 
 Row = dict[str, np.ndarray]  # tokens, loss_mask, segments, positions, each [T+1]
 
@@ -139,6 +140,7 @@ class Rows:
         room = ROOM if rates.infilling > 0 else 0
         self.plan = Plan(documents.lengths, name=name, seed=seed, capacity=self.capacity, room=room)
         self.rows_per_epoch = self.plan.rows_per_epoch
+        self.damage = damage.Damage(name, len(documents.lengths))
 
     def row(self, index: int) -> Row:
         """Row `index` counted over all epochs, as the model reads it."""
@@ -150,11 +152,29 @@ class Rows:
         return [self._read(epoch, span) for span in self.plan.spans(epoch, number)]
 
     def _read(self, epoch: int, span: Span) -> Piece:
+        """The document of a span; where it is damaged, the beginning of another in its place.
+
+        Which one depends on the seed, the corpus and the damaged document alone, so every host puts
+        in the same. Raises ValueError where too many are damaged.
+        """
+
+        def others():
+            for attempt in range(STAND_INS):
+                key = shuffle.hash64(self.seed, self.name, span.document, "instead", attempt)
+                other = key % len(self.plan.lengths)
+                there = Span(other, 0, min(span.slots, int(self.plan.lengths[other])))
+                yield other, functools.partial(self._read_document, epoch, there, plain=True)
+
+        return self.damage.read(
+            span.document, functools.partial(self._read_document, epoch, span), others()
+        )
+
+    def _read_document(self, epoch: int, span: Span, *, plain: bool = False) -> Piece:
         record = self.documents.record(span.document)
         length = int(self.documents.lengths[span.document])
         end = min(span.start + span.slots, length)
         infilled = None
-        if self.rates.infilling > 0 and span.start == 0 and end == length:
+        if not plain and self.rates.infilling > 0 and span.start == 0 and end == length:
             rng = shuffle.draws(self.seed, self.name, epoch, span.document)
             infilled = infilling.infill(
                 record["text"], self.tokenizer, rng, rates=self.rates, max_tokens=span.slots

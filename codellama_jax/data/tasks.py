@@ -8,8 +8,10 @@ memory-mapped by those who need a part of them.
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -58,6 +60,13 @@ def receive(job: Job) -> None:
     """In a worker process: the job comes once, not with every task."""
     global _job
     _job = job
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    """A worker whose parent was killed would wait for its next task for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def do_received(name: str, number: int) -> None:
