@@ -185,35 +185,49 @@ def shapes_of(text: str) -> list[tuple[str, int]]:
 
 
 def group_of(body: str) -> tuple[int, ...]:
-    """The first replica group, in the three ways XLA writes groups.
+    """The first replica group, in the four ways XLA writes groups; () where there are none.
 
     {{0,1},{2,3}}   [2,2]<=[4]T(1,0)   mesh['a'=2,'b'=2] {'b'}
+    mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}
     """
     match = re.search(r"replica_groups=\{\{([\d,]+)\}", body)
     if match:
         return tuple(int(n) for n in match[1].split(","))
-    match = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", body)
+    match = re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\S*)", body)
     if match:
-        import numpy as np
-
-        ids = np.arange(int(match[1]) * int(match[2])).reshape(
-            [int(n) for n in match[3].split(",")]
-        )
-        if match[4]:
-            ids = ids.transpose([int(n) for n in match[4].split(",")])
-        return tuple(int(n) for n in ids.reshape(int(match[1]), int(match[2]))[0])
-    match = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", body)
+        ids = device_ids(match[3]).reshape(int(match[1]), int(match[2]))
+        return tuple(int(n) for n in ids[0])
+    match = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))?\s*\{([^}]*)\}", body
+    )
     if match:
-        return mesh_group(match[1], match[2])
+        return mesh_group(match[1], match[2], match[3])
+    if "replica_groups=" in body and "replica_groups={}" not in body:
+        start = body.index("replica_groups=")
+        raise ValueError(f"groups in a form that is not known: {body[start : start + 80]}")
     return ()
 
 
-def mesh_group(axes: str, over: str) -> tuple[int, ...]:
-    """The devices along named axes from device 0: mesh_group("'a'=2,'b'=2", "'b'") -> (0, 1)."""
+def device_ids(text: str):
+    """The order that XLA writes as [4,16]T(1,0): 64 devices as an array of 4 x 16, transposed."""
     import numpy as np
 
-    sizes = re.findall(r"'([^']+)'=(\d+)", axes)
+    match = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    sizes = [int(n) for n in match[1].split(",")]
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return ids.transpose([int(n) for n in match[2].split(",")]) if match[2] else ids
+
+
+def mesh_group(axes: str, order: str | None, over: str) -> tuple[int, ...]:
+    """The devices along the axes `over` from device 0.
+
+    mesh_group("'a'=2,'b'=2", None, "'b'") -> (0, 1)
+    mesh_group("'a'=2,'b'=2", "[2,2]T(1,0)", "'b'") -> (0, 2)
+    """
+    sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes)}
     names = re.findall(r"'([^']+)'", over)
-    ids = np.arange(math.prod(int(n) for _, n in sizes)).reshape([int(n) for _, n in sizes])
-    place = tuple(slice(None) if name in names else 0 for name, _ in sizes)
+    if ":" in over or not set(names) <= set(sizes):
+        raise ValueError(f"groups in a form that is not known: mesh[{axes}] {{{over}}}")
+    ids = device_ids(order or f"[{math.prod(sizes.values())}]").reshape(tuple(sizes.values()))
+    place = tuple(slice(None) if name in names else 0 for name in sizes)
     return tuple(int(n) for n in ids[place].ravel())

@@ -4,10 +4,11 @@ import gzip
 import importlib.util
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from codellama_jax import chips, config, plan, schedule
+from codellama_jax import chips, config, ledger, plan, schedule
 from recipes import code_llama
 
 V5E = chips.Slice.parse("v5e:16x16")
@@ -98,11 +99,18 @@ def test_a_text_that_is_no_schedule_is_refused():
         ("replica_groups=[2,2]<=[2,2]T(1,0)", (0, 2)),
         ("replica_groups=mesh['x'=2,'y'=2] {'x'}", (0, 2)),
         ("replica_groups=mesh['x'=2,'y'=2] {'x','y'}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'y'}, z", (0, 2)),
         ("source_target_pairs={{0,1}}", ()),
     ],
 )
 def test_every_way_to_write_groups_is_read(groups, first):
     assert schedule.group_of(groups) == first
+
+
+def test_groups_in_another_form_are_refused_rather_than_guessed():
+    for text in ("replica_groups=mesh['x'=4] {'x':(1)2}", "replica_groups=@named"):
+        with pytest.raises(ValueError, match="not known"):
+            schedule.group_of(text)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +308,36 @@ def test_every_layout_of_the_recipes_divides():
                 plan.check_rows(replace(stage, layout=layout), where, layout.data * fsdp)
                 found += 1
     assert found
+
+
+# -- the ledger ----------------------------------------------------------------------------------
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_every_layout_of_the_recipes_is_in_the_ledger_with_room_to_spare():
+    rows = {
+        (row["size"], row["rows"], row["seq_len"], row["slice"], row["layout"]): row
+        for row in ledger.read(DOCS)
+    }
+    for (size, number, length), layouts in code_llama.LAYOUTS.items():
+        for where, layout in layouts.items():
+            row = rows[size, number, length, where, " ".join(plan.as_fields(layout))]
+            assert row["headroom"] >= plan.HEADROOM
+            assert row["peak_gib"] <= row["limit_gib"]
+
+
+def test_the_table_in_the_docs_is_that_of_the_ledger():
+    assert ledger.table(ledger.read(DOCS)) in (DOCS / "pods.md").read_text()
+
+
+def test_recording_a_cell_again_replaces_it(tmp_path):
+    (tmp_path / "pods.md").write_text("above\n<!-- ledger -->\nold\n<!-- /ledger -->\nbelow\n")
+    rows = ledger.read(DOCS)
+    for row in (*rows, rows[0] | {"mfu": 0.5}):
+        ledger.record(tmp_path, row)
+    assert len(ledger.read(tmp_path)) == len(rows)
+    text = (tmp_path / "pods.md").read_text()
+    assert text.startswith("above") and text.endswith("below\n") and "50.0%" in text
 
 
 # -- the real compiler ---------------------------------------------------------------------------

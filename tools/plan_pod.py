@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a clone that is not installed
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from codellama_jax import chips, config, launch, plan
+from codellama_jax import chips, config, launch, ledger, plan
 from recipes import code_llama
 
 
@@ -41,6 +41,8 @@ def main() -> None:
             print(json.dumps(found, indent=1) if args.json else ranking(found))
         else:
             report = plan.plan(stage, where, quick=args.quick)
+            if args.record:
+                ledger.record(Path(__file__).parents[1] / "docs", ledger.row(args.size, report))
             print(json.dumps(report, indent=1) if args.json else plan.table(report))
 
 
@@ -59,11 +61,14 @@ def arguments():
     )
     parser.add_argument("--search", action="store_true", help="compile many layouts, and rank them")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--record", action="store_true", help="put the answer into docs/pods.*")
     args = parser.parse_args()
-    if args.slice is None and (args.search or args.quick):
-        parser.error("--search and --quick compile: say for which --slice")
-    if args.search and args.quick:
-        parser.error("--search ranks by time, which --quick does not give")
+    if args.slice is None and (args.search or args.quick or args.record):
+        parser.error("--search, --quick and --record compile: say for which --slice")
+    if args.quick and (args.search or args.record):
+        parser.error("--search and --record want times, which --quick does not give")
+    if args.search and args.record:
+        parser.error("--record takes one layout, not all that --search tries")
     return args
 
 
