@@ -149,7 +149,7 @@ def stepped(microbatches: int, **axes):
     [
         (4, {}),
         (1, {"fsdp": 8}),
-        (4, {"fsdp": 2, "tensor": 4}),
+        pytest.param(4, {"fsdp": 2, "tensor": 4}, marks=pytest.mark.slow),
         (4, {"data": 2, "fsdp": 2, "tensor": 2}),
         pytest.param(1, {"data": 8}, marks=pytest.mark.slow),
         pytest.param(1, {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -208,14 +209,17 @@ PROGRAM = """
     import json, sys
     sys.path.insert(0, {tests!r})
     import conftest
-    from codellama_jax import config, train
+    from codellama_jax import config, launch, train
+    launch.start_processes()
     stage = config.from_json(config.Stage, json.loads({stage!r}))
-    print("started", flush=True)
     train.train(stage, {workdir!r})
 """
 
 
-def start(stage: config.Stage, workdir: Path, programs: str, log: Path) -> subprocess.Popen:
+def start(
+    stage: config.Stage, workdir: Path, programs: str, log: Path, **environment: str
+) -> subprocess.Popen:
+    """The stage in a process of its own."""
     text = PROGRAM.format(
         tests=str(TESTS), stage=json.dumps(config.to_json(stage)), workdir=str(workdir)
     )
@@ -223,7 +227,7 @@ def start(stage: config.Stage, workdir: Path, programs: str, log: Path) -> subpr
     with log.open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(text)],
-            env=os.environ | keep | {"JAX_COMPILATION_CACHE_DIR": programs},
+            env=os.environ | keep | {"JAX_COMPILATION_CACHE_DIR": programs} | environment,
             stdout=output,
             stderr=output,
         )
@@ -251,6 +255,37 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
     assert lines(workdir / "code") == lines(finished / "code")
     assert_equal(weights(workdir / "code"), weights(finished / "code"))
     assert not list((workdir / "code").rglob("*tmp*"))
+
+
+@pytest.mark.slow
+def test_two_hosts_train_what_one_does(finished, tmp_path, compiled_programs):
+    workdir, log = new_workdir(tmp_path / "workdir"), tmp_path / "log"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    hosts = [
+        start(
+            code_stage(),
+            workdir,
+            compiled_programs,
+            log,
+            JAX_NUM_PROCESSES="2",
+            JAX_PROCESS_ID=str(number),
+            JAX_COORDINATOR_ADDRESS=address,
+            XLA_FLAGS="--xla_force_host_platform_device_count=1",  # the last one counts
+        )
+        for number in range(2)
+    ]
+    try:
+        assert [host.wait(300) for host in hosts] == [0, 0], log.read_text()[-3_000:]
+    finally:
+        for host in hosts:
+            host.kill()
+    for got, want in zip(lines(workdir / "code"), lines(finished / "code"), strict=True):
+        assert got["step"] == want["step"]
+        assert got.get("tokens") == want.get("tokens")  # of both hosts
+        if "loss" in want:
+            assert got["loss"] == pytest.approx(want["loss"], rel=1e-4)
 
 
 def _progress(workdir: Path) -> int:
