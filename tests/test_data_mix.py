@@ -192,3 +192,31 @@ def test_another_tokenizer_is_refused():
     folder, tokenizer = corpus_fixture.prepared().folder, corpus_fixture.other_tokenizer()
     with pytest.raises(ValueError, match="prepared for another tokenizer"):
         mix.batches(corpus_fixture.data(), folder, tokenizer, steps=1)
+
+
+# -- looking back -----------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=5), st.integers(0, 10**9))
+def test_the_row_of_the_stage_is_found_from_that_of_its_corpus(weights, k):
+    schedule = mix.Schedule([weight / sum(weights) for weight in weights])
+    assert schedule.find(*schedule[k]) == k
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"mix": {"dialogues": 0.9, "code": 0.1}, "seq_len": 200, "batch_tokens": 800}],
+)
+def test_a_file_is_found_at_exactly_the_steps_that_read_it(changes):
+    data = corpus_fixture.data(**changes)
+    folder, tokenizer = corpus_fixture.prepared().folder, corpus_fixture.tokenizer()
+    mixture = mix.open_mixture(data, folder, tokenizer)
+    steps, path = 120, "package1/module_1.py"
+    expected = set()
+    for k in range(steps * data.rows_per_batch):
+        name, pieces = mixture.describe(k)
+        if any(piece.record["path"] == path for piece in pieces):
+            expected.add((*divmod(k, data.rows_per_batch), name, pieces[0].epoch))
+    assert len(expected) > 10 and mixture.steps_of(path, steps) == sorted(expected)
+    assert mixture.steps_of("nowhere.py", steps) == []

@@ -49,3 +49,11 @@ def test_hashes_are_the_same_everywhere():
     assert shuffle.hash64(0, "code", 1, 2) == 5916940362888725048
     assert shuffle.hash64("1") != shuffle.hash64(1)
     assert shuffle.draws(1, "x").random() == shuffle.draws(1, "x").random()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 2**40), st.integers(0, 2**64 - 1), st.data())
+def test_the_place_of_a_document_is_found_again(count, key, data):
+    place = data.draw(st.integers(0, count - 1))
+    value = int(shuffle.permute(np.array([place]), count=count, key=key)[0])
+    assert shuffle.place_of(value, count=count, key=key) == place

@@ -64,3 +64,26 @@ def test_a_batch_that_cannot_be_shown_ends_in_one_sentence(run):
     assert status == 1 and "write NAME=SHARE" in err
     status, _, err = run(*look, "--mix", "code=1", "--seq-len", 64, "--row", 9)
     assert status == 1 and "the batch has rows 0 to 7" in err
+
+
+def test_a_file_is_found_and_a_stage_planned(run):
+    folder, tokenizer = corpus_fixture.prepared().folder, corpus_fixture.tokenizer().path
+    look = ("look_at_batch.py", "--corpus", folder, "--tokenizer", tokenizer, "--seq-len", 64)
+    mix = ("--mix", "code=0.9", "language=0.1", "--rows", 4, "--steps", 100)
+    status, out, _ = run(*look, *mix, "--find", "package1/module_1.py")
+    assert status == 0 and "package1/module_1.py is read in" in out and "code, epoch 0" in out
+    status, out, _ = run(*look, *mix, "--plan", "--tokens-per-second", 1000)
+    assert status == 0 and "100 steps of 256 tokens: 25,600 tokens" in out
+    assert "90.000%" in out and "10.000%" in out and "days at 1,000 tokens/s" in out
+
+
+def test_a_corpus_is_prepared_from_inputs(run, tmp_path):
+    tokenizer = corpus_fixture.tokenizer().path
+    prepare = ("prepare_corpus.py", "--out", tmp_path / "corpus", "--tokenizer", tokenizer)
+    large = ("--workers", 1, "--input", corpus_fixture.tree(), "--filter", "alphanumeric=0.1")
+    status, out, _ = run(*prepare, *large)
+    assert status == 0 and "held out" in out and "empty" in out
+    status, _, err = run(*prepare, *large, "--filter", "lines=3")
+    assert status == 1 and "--filter lines=3: write NAME=VALUE, of file_bytes, line_chars" in err
+    status, _, err = run(*prepare, "--licence", "MIT")
+    assert status == 1 and "--licence has no effect without --input" in err

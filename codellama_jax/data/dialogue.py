@@ -50,6 +50,15 @@ class DialogueRows:
         dialogues, row_order = self._epoch_order(epoch)
         return [self._read(epoch, int(dialogues[i])) for i in self._rows[row_order[number]]]
 
+    def rows_of(self, epoch: int, document: int) -> list[int]:
+        """The row of `epoch`, counted over all, that holds a dialogue; none if it is long."""
+        dialogues, row_order = self._epoch_order(epoch)
+        place = np.flatnonzero(dialogues == document)
+        if not place.size:
+            return []
+        number = next(n for n, row in enumerate(self._rows) if place[0] in row)
+        return [epoch * self.rows_per_epoch + int(np.flatnonzero(row_order == number)[0])]
+
     def _read(self, epoch: int, document: int) -> Piece:
         """A dialogue; where it is damaged, the next shorter or equally long one in its place."""
         read = functools.partial(self._read_dialogue, epoch)

@@ -53,6 +53,19 @@ class Mixture:
         number, own_index = self.schedule[index]
         return self.rows[number].name, self.rows[number].describe(own_index)
 
+    def steps_of(self, path: str, steps: int) -> list[tuple[int, int, str, int]]:
+        """Where a file is read in `steps`: (step, row of the batch, corpus, epoch), in order."""
+        found = []
+        counts = self.schedule.counts(steps * self.data.rows_per_batch)
+        for number, (rows, count) in enumerate(zip(self.rows, counts, strict=True)):
+            for document in rows.documents.find(path) if count else []:
+                for epoch in range(-(-count // rows.rows_per_epoch)):
+                    for own_index in rows.rows_of(epoch, document):
+                        if own_index < count:
+                            k = self.schedule.find(number, own_index)
+                            found.append((*divmod(k, self.data.rows_per_batch), rows.name, epoch))
+        return sorted(set(found))
+
     def epochs(self, steps: int) -> dict[str, float]:
         """How often each corpus is read in `steps`."""
         counts = self.schedule.counts(steps * self.data.rows_per_batch)
@@ -81,6 +94,19 @@ class Schedule:
             counts.append((2 * k * part.numerator + part.denominator) // (2 * part.denominator))
             k -= counts[-1]
         return counts
+
+    def find(self, number: int, own_index: int) -> int:
+        """The k whose row is row own_index of a corpus."""
+        low, high = own_index, 2 * own_index + 2
+        while self.counts(high)[number] <= own_index:
+            low, high = high, 2 * high
+        while low < high:  # the least k with more than own_index rows among the first k + 1
+            middle = (low + high) // 2
+            if self.counts(middle + 1)[number] > own_index:
+                high = middle
+            else:
+                low = middle + 1
+        return low
 
     def __getitem__(self, k: int) -> tuple[int, int]:
         before, after = self.counts(k), self.counts(k + 1)

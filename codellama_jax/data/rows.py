@@ -97,6 +97,15 @@ class Plan:
             block += 1
         return spans
 
+    def rows_of(self, epoch: int, document: int) -> list[int]:
+        """The rows of `epoch` in which a document lies: one, or more where it is cut."""
+        key = shuffle.hash64(self.seed, self.name, epoch, "order")
+        place = shuffle.place_of(document, count=len(self.lengths), key=key)
+        documents, bounds = self._block(epoch, place // BLOCK)
+        start = int(bounds[np.flatnonzero(documents == document)[0]])
+        end = start + int(self.lengths[document])
+        return list(range(start // self.capacity, (end - 1) // self.capacity + 1))
+
     def _order(self, epoch: int, places: np.ndarray) -> np.ndarray:
         key = shuffle.hash64(self.seed, self.name, epoch, "order")
         return shuffle.permute(places, count=len(self.lengths), key=key)
@@ -150,6 +159,11 @@ class Rows:
         """The same row as a list of its documents."""
         epoch, number = divmod(index, self.rows_per_epoch)
         return [self._read(epoch, span) for span in self.plan.spans(epoch, number)]
+
+    def rows_of(self, epoch: int, document: int) -> list[int]:
+        """The rows of `epoch`, counted over all epochs, that hold some of a document."""
+        first = epoch * self.rows_per_epoch
+        return [first + number for number in self.plan.rows_of(epoch, document)]
 
     def _read(self, epoch: int, span: Span) -> Piece:
         """The document of a span; where it is damaged, the beginning of another in its place.

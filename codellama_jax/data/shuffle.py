@@ -45,6 +45,27 @@ def permute(places: np.ndarray, *, count: int, key: int) -> np.ndarray:
     return values.astype(np.int64)
 
 
+def place_of(value: int, *, count: int, key: int) -> int:
+    """Where permute puts `value`: its inverse, for one value."""
+    b = isqrt(count - 1) + 1 if count > 1 else 1
+    a = -(-count // b)
+    place = np.array([value], np.uint64)
+    while True:
+        place = _feistel_back(place, a, b, key)
+        if place[0] < count:
+            return int(place[0])
+
+
+def _feistel_back(values: np.ndarray, a: int, b: int, key: int) -> np.ndarray:
+    left, right = np.divmod(values, np.uint64(b))
+    for turn in reversed(range(ROUNDS)):
+        taken = _mix(left, hash64(key, turn, "right")) % np.uint64(b)
+        right = (right + np.uint64(b) - taken) % np.uint64(b)
+        taken = _mix(right, hash64(key, turn, "left")) % np.uint64(a)
+        left = (left + np.uint64(a) - taken) % np.uint64(a)
+    return left * np.uint64(b) + right
+
+
 def _feistel(values: np.ndarray, a: int, b: int, key: int) -> np.ndarray:
     left, right = np.divmod(values, np.uint64(b))
     for turn in range(ROUNDS):
