@@ -256,7 +256,18 @@ def test_the_smallest_slice_by_arithmetic_grows_with_the_model():
         for size in config.SIZES
     ]
     assert sizes == sorted(sizes)
-    assert plan.needed_gib(CODE_7B, 16) > plan.needed_gib(CODE_7B, 256)
+    assert plan.by_arithmetic(CODE_7B, chips.Slice.parse("v5e:4x4")) > plan.by_arithmetic(
+        CODE_7B, V5E
+    )
+
+
+def test_arithmetic_comes_near_the_compiler():
+    everything_recomputed = plan.by_arithmetic(CODE_7B, V5E)  # 2.82 GiB compiled
+    assert everything_recomputed == (pytest.approx(2.82, rel=0.2), 1)
+    # 64 rows of 16,384 do not divide among 256 devices: with a tensor axis they do
+    long = plan.by_arithmetic(code_llama.stages("34b")["long_context"], V5E)
+    assert long == (pytest.approx(7.95, rel=0.2), 4)  # compiled: 7.95 GiB
+    assert plan.by_arithmetic(CODE_7B, chips.Slice.parse("v5e:3x3")) is None
 
 
 # -- refusals and the cache ----------------------------------------------------------------------

@@ -78,25 +78,31 @@ def survey(stage: config.Stage) -> list[dict]:
     for chip in chips.CHIPS.values():
         fits = plan.smallest(stage, chip)
         for where in chips.known(chip):
+            needs = plan.by_arithmetic(stage, where)
             rows.append(
                 {
                     "slice": str(where),
                     "chips": where.chips,
-                    "needs_gib": round(plan.needed_gib(stage, where.devices), 1),
+                    "needs_gib": round(needs[0], 1) if needs else None,
+                    "tensor": needs[1] if needs else None,
                     "has_gib": chip.hbm_gib,
-                    "smallest": fits is not None and where == fits,
+                    "smallest": where == fits,
                 }
             )
     return rows
 
 
 def surveyed(stage: config.Stage) -> str:
-    lines = [f"{stage.name}: GiB a device, by arithmetic (a lower bound; compile to be sure)", ""]
+    lines = [f"{stage.name}: GiB a device by arithmetic, not compiled; give one by --slice", ""]
     for row in survey(stage):
-        mark = "  <- smallest that fits" if row["smallest"] else ""
+        start = f"{row['slice']:>14} {row['chips']:6} chips "
+        if row["needs_gib"] is None:
+            lines.append(f"{start} {stage.data.rows_per_batch} rows do not divide")
+            continue
+        mark = "   <- smallest that fits" if row["smallest"] else ""
         lines.append(
-            f"{row['slice']:>14} {row['chips']:6} chips {row['needs_gib']:8.1f} of "
-            f"{row['has_gib']}{mark}"
+            f"{start}{row['needs_gib']:8.1f} of {row['has_gib']:5.2f} with tensor "
+            f"{row['tensor']}{mark}"
         )
     return "\n".join(lines)
 
