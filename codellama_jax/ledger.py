@@ -54,7 +54,7 @@ def read(folder: Path) -> list[dict]:
 
 
 def key(row: dict) -> tuple:
-    return tuple(row[name] for name in ("size", "seq_len", "stage", "slice", "layout"))
+    return tuple(row[name] for name in ("size", "seq_len", "rows", "stage", "slice", "layout"))
 
 
 def table(rows: list[dict]) -> str:

@@ -4,6 +4,7 @@ A weight names its logical axes where it is made (model.py). Only this file know
 prose a placement is written x[B_(data,fsdp), T_context, D].
 """
 
+import math
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ AXIS_RULES = {
     "ffn": "tensor",
     # activations
     "batch": ("data", "fsdp"),
-    "length": "context",
+    "length": ("context", "tensor"),  # between layers; inside, heads take the tensor axis
 }
 
 
@@ -84,10 +85,22 @@ def spec(*axes: str | None) -> P:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tells the compiler where activation `x` lies. Does nothing outside a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Tells the compiler where activation `x` lies. Does nothing outside a mesh.
+
+    A dim that its mesh axes do not divide, such as the odd end of a row, stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(*axes))
+    place = [
+        entry if size % math.prod(mesh.shape[axis] for axis in _axes(entry)) == 0 else None
+        for entry, size in zip(spec(*axes), x.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, P(*place))
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def check_divides(shapes: Any, axes: Any, mesh: Mesh) -> None:

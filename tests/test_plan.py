@@ -1,5 +1,6 @@
 """Planning: what is read from a schedule, what follows from it, and one real compile for a TPU."""
 
+import argparse
 import gzip
 import importlib.util
 import json
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from codellama_jax import chips, config, ledger, plan, schedule
+from codellama_jax import chips, config, launch, ledger, plan, schedule
 from recipes import code_llama
 
 V5E = chips.Slice.parse("v5e:16x16")
@@ -319,6 +320,17 @@ def test_every_layout_of_the_recipes_divides():
                 plan.check_rows(replace(stage, layout=layout), where, layout.data * fsdp)
                 found += 1
     assert found
+
+
+def test_a_slice_takes_the_layout_of_the_recipe_or_is_refused():
+    def laid_out(where):
+        args = argparse.Namespace(size="7b", slice=where)
+        return launch.laid_out(CODE_7B, args, code_llama.layouts).layout
+
+    assert laid_out(None) == CODE_7B.layout
+    assert laid_out("v5e:16x16") == code_llama.layouts(CODE_7B, "7b")["v5e:16x16"]
+    with pytest.raises(ValueError, match="no layout for slice 'v5e:2x2', only for v5e:16x16"):
+        laid_out("v5e:2x2")
 
 
 # -- the ledger ----------------------------------------------------------------------------------
