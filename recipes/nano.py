@@ -233,7 +233,7 @@ TRAINING_SHARE = 0.2  # of the speed of a large matrix product, that training re
 SECONDS_PER_STAGE = 25  # compiling, held-out losses, checkpoints, and a share of the judging
 
 
-LINES = 400  # held-out lines to infill
+LINES = 600  # held-out lines to infill
 MAX_NEW_TOKENS = 48
 PROMPT = "def read_json(path):\n"
 QUESTION = "Write a function `close` that closes the file."
