@@ -9,6 +9,7 @@ from pathlib import Path
 
 from codellama_jax import config, plan
 
+MOST_GROWTH = 0.02  # of the peak, against the ledger
 BEGIN, END = "<!-- ledger -->", "<!-- /ledger -->"
 
 
@@ -55,6 +56,30 @@ def read(folder: Path) -> list[dict]:
 
 def key(row: dict) -> tuple:
     return tuple(row[name] for name in ("size", "seq_len", "rows", "stage", "slice", "layout"))
+
+
+def compare(folder: Path, new: dict) -> str:
+    """Says that a fresh row agrees with the ledger's; raises ValueError where it got worse.
+
+    Worse is a peak 2% higher, or a kind of collective that was not there.
+    """
+    old = next((row for row in read(folder) if key(row) == key(new)), None)
+    name = f"{new['size']} {new['stage']} on {new['slice']} ({new['layout']})"
+    config.check(old is not None, f"the ledger has no row of {name}; make one with --record")
+    growth = new["peak_gib"] / old["peak_gib"] - 1
+    config.check(
+        growth <= MOST_GROWTH,
+        f"{name} needs {new['peak_gib']:.2f} GiB, {growth:.1%} more than the ledger's "
+        f"{old['peak_gib']:.2f}: find out why, or --record it",
+    )
+    kinds = {row["kind"] for row in new["collectives"]} - {
+        row["kind"] for row in old["collectives"]
+    }
+    config.check(
+        not kinds,
+        f"{name} now has collectives that the ledger's does not: {', '.join(sorted(kinds))}",
+    )
+    return f"{name}: peak {growth:+.1%} against the ledger, no new collectives"
 
 
 def table(rows: list[dict]) -> str:

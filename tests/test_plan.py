@@ -363,6 +363,17 @@ def test_recording_a_cell_again_replaces_it(tmp_path):
     assert text.startswith("above") and text.endswith("below\n") and "50.0%" in text
 
 
+def test_a_cell_that_got_worse_is_refused():
+    row = ledger.read(DOCS)[0]
+    assert "no new collectives" in ledger.compare(DOCS, row)
+    with pytest.raises(ValueError, match="3.0% more than the ledger's"):
+        ledger.compare(DOCS, row | {"peak_gib": 1.03 * row["peak_gib"]})
+    with pytest.raises(ValueError, match="does not: send"):
+        ledger.compare(DOCS, row | {"collectives": [*row["collectives"], {"kind": "send"}]})
+    with pytest.raises(ValueError, match="has no row of 7b code on v5e:2x2"):
+        ledger.compare(DOCS, row | {"slice": "v5e:2x2", "size": "7b", "stage": "code"})
+
+
 # -- the real compiler ---------------------------------------------------------------------------
 @pytest.mark.slow
 def test_a_two_layer_twin_compiles_for_tpus(tmp_path):

@@ -23,6 +23,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from codellama_jax import chips, config, launch, ledger, plan
 from recipes import code_llama
 
+DOCS = Path(__file__).parents[1] / "docs"
+
 
 def main() -> None:
     args = arguments()
@@ -42,8 +44,10 @@ def main() -> None:
         else:
             report = plan.plan(stage, where, quick=args.quick)
             if args.record:
-                ledger.record(Path(__file__).parents[1] / "docs", ledger.row(args.size, report))
+                ledger.record(DOCS, ledger.row(args.size, report))
             print(json.dumps(report, indent=1) if args.json else plan.table(report))
+            if args.check:
+                print(ledger.compare(DOCS, ledger.row(args.size, report)), file=sys.stderr)
 
 
 def arguments():
@@ -62,13 +66,15 @@ def arguments():
     parser.add_argument("--search", action="store_true", help="compile many layouts, and rank them")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--record", action="store_true", help="put the answer into docs/pods.*")
+    parser.add_argument("--check", action="store_true", help="fail where docs/pods.json was better")
     args = parser.parse_args()
-    if args.slice is None and (args.search or args.quick or args.record):
-        parser.error("--search, --quick and --record compile: say for which --slice")
-    if args.quick and (args.search or args.record):
-        parser.error("--search and --record want times, which --quick does not give")
-    if args.search and args.record:
-        parser.error("--record takes one layout, not all that --search tries")
+    ledgered = args.record or args.check
+    if args.slice is None and (args.search or args.quick or ledgered):
+        parser.error("--search, --quick, --record and --check compile: say for which --slice")
+    if args.quick and (args.search or ledgered):
+        parser.error("--search, --record and --check want times, which --quick does not give")
+    if args.search and ledgered:
+        parser.error("--record and --check take one layout, not all that --search tries")
     return args
 
 
