@@ -126,6 +126,7 @@ def _run(job: "tasks.Job", pool: "_Pool") -> None:
     """All tasks, in five rounds."""
     sizes = [unit.num_bytes for unit in job.units]
     pool.run("read", sizes)
+    tasks.whole(job.path("counted"), lambda out: tasks.count(job, out))
     kept = tasks.offsets(job)[-1]
     if kept == 0:
         raise ValueError(f"nothing that can be used was read ({_reasons(job)})")

@@ -199,10 +199,15 @@ class _Left:
 # -- duplicates -------------------------------------------------------------------------------
 
 
-def offsets(job: Job) -> np.ndarray:
+def count(job: Job, out: Path) -> None:
     """Number of the first document of every unit, and of all: int64 [units + 1]."""
     counts = [result(job, "read", n)["documents"] for n in range(len(job.units))]
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    np.save(out / "offsets.npy", np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+
+
+def offsets(job: Job) -> np.ndarray:
+    """What `count` found."""
+    return np.load(job.path("counted") / "offsets.npy")
 
 
 def parts(job: Job, count: int) -> int:
