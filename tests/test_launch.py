@@ -5,7 +5,7 @@ import jax
 import pytest
 import spine_fixture as tiny
 
-from codellama_jax import launch, train
+from codellama_jax import config, launch, train
 
 
 def stages(size: str) -> launch.Stages:
@@ -14,6 +14,10 @@ def stages(size: str) -> launch.Stages:
         code, name="instruct", start_from="code", optim=tiny.OPTIM, steps=100, seed=len(size)
     )
     return {"code": code, "instruct": short}
+
+
+def layouts(stage: config.Stage, size: str) -> dict[str, config.Layout]:
+    return {"v5e:4x4": config.Layout(fsdp=16, remat="dots")} if stage.name == "instruct" else {}
 
 
 @pytest.fixture
@@ -26,7 +30,7 @@ def run(monkeypatch):
 
     def main(*arguments: str):
         monkeypatch.setattr(sys, "argv", ["recipe.py", *arguments])
-        launch.main(stages, ("7b", "13b"), "A recipe.")
+        launch.main(stages, ("7b", "13b"), "A recipe.", layouts)
         return given.pop() if given else None
 
     return main
@@ -46,6 +50,16 @@ def test_settings_need_not_suit_the_stages_that_are_not_trained(run):
     assert run(*CHOSEN, "--set", "steps=200")[0].steps == 200  # code warms up for 500
 
 
+def test_settings_that_only_fit_together_are_set_together(run):
+    stage, _ = run(*CHOSEN, "--set", "steps=2", "--set", "optim.warmup_steps=1")
+    assert (stage.steps, stage.optim.warmup_steps) == (2, 1)
+
+
+def test_a_stage_is_laid_out_for_a_slice_and_still_takes_settings(run):
+    stage, _ = run(*CHOSEN, "--slice", "v5e:4x4", "--set", "layout.microbatches=2")
+    assert stage.layout == config.Layout(fsdp=16, remat="dots", microbatches=2)
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
@@ -60,6 +74,14 @@ def test_settings_need_not_suit_the_stages_that_are_not_trained(run):
         ((*CHOSEN, "--set", "stepz=3"), "error: Stage has no field 'stepz'; did you mean 'steps'?"),
         ((*CHOSEN, "--set", "steps=x"), "error: steps='x' is not a int"),
         ((*CHOSEN, "--set", "steps=0"), "error: steps=0 must be positive"),
+        (
+            (*CHOSEN, "--slice", "v6e:2x2"),
+            "error: 7b instruct has no layout for slice 'v6e:2x2', only for v5e:4x4",
+        ),
+        (
+            ("--size", "7b", "--stage", "code", "--workdir", "x", "--slice", "v5e:4x4"),
+            "error: 7b code has no layout for slice 'v5e:4x4', only for none",
+        ),
         (("--list", "--set", "a=1"), "error: Stage has no field 'a'"),
     ],
 )
