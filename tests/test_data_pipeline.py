@@ -375,3 +375,18 @@ def test_impossible_requests_are_refused(changes):
     options = {"inputs": (Input("a"),)} | changes
     with pytest.raises(ValueError):
         pipeline.Request(**options)
+
+
+@pytest.mark.filterwarnings("ignore")  # of that library's own imports
+def test_a_tensorflow_data_set_is_read_by_name_of_its_folder_without_tensorflow(tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    pytest.importorskip("importlib_resources")
+    import tiny_code
+
+    builder = tiny_code.TinyCode(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    found = read(builder.data_dir, unit_bytes=200)
+    assert sorted(d.text for d in found) == sorted(f"x = {i}\n" for i in range(25))
+    assert {d.language for d in found} == {"python"}
+    assert len(inputs.units(Input(str(builder.data_dir)), unit_bytes=200)) > 1
+    assert "tensorflow" not in sys.modules
