@@ -59,6 +59,7 @@ LONG_STEPS = {    # sec. 2.6
 LAYOUTS = {       # size, rows of a batch, row length: slice
     ("7b", 1_024, 4_096): {
         "v5e:16x16": Layout(microbatches=4, remat="dots", loss_chunk=4_096),
+        "v5p:4x4x4": Layout(data=4, fsdp=16, microbatches=4, remat="dots", loss_chunk=4_096),
     },
 }
 # fmt: on
