@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import logging
+import math
 import os
 from typing import Any
 
@@ -64,7 +65,9 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.PyTreeSave(train_state.params),
+                    params=ocp.args.PyTreeSave(
+                        train_state.params, save_args=_by_layer(train_state.params)
+                    ),
                     opt_state=ocp.args.PyTreeSave(train_state.opt_state),
                     recipe=ocp.args.JsonSave(recipe),
                 ),
@@ -86,6 +89,24 @@ class Checkpoints:
     def must_save(self, step: int) -> bool:
         """True once the machine has been told that it will be taken away (on all processes)."""
         return self._manager.reached_preemption(step)
+
+
+SMALLEST_CHUNK = 1 << 14  # bytes
+
+
+def _by_layer(params: state.Params) -> Any:
+    """How to store weights: in chunks of one layer, so that a converter need not read them all.
+
+    Where a device holds so little of a weight that its chunks would be tiny, they hold all layers.
+    """
+
+    def chunks(weight: jax.Array) -> ocp.SaveArgs:
+        shard = weight.sharding.shard_shape(weight.shape)
+        layer = math.prod(shard[1:]) * weight.dtype.itemsize
+        return ocp.SaveArgs(shard_axes=(0,) if layer >= SMALLEST_CHUNK else ())
+
+    layers = jax.tree.map(chunks, params["layers"])
+    return jax.tree.map(lambda _: ocp.SaveArgs(), params) | {"layers": layers}
 
 
 def _restore(abstract: Any) -> ocp.args.PyTreeRestore:
@@ -139,6 +160,12 @@ def absolute(path: epath.PathLike) -> epath.Path:
     """`path` from the root, as Orbax wants it; gs:// and its like as they are."""
     text = os.path.expanduser(path)
     return epath.Path(text if "://" in text else os.path.abspath(text))
+
+
+def has_checksums(path: epath.PathLike) -> bool:
+    """True for imported weights beside which lies the table of their checksums."""
+    step = find(path)
+    return step.name == "0" and (step.parent / "checksums.json").exists()
 
 
 def any_step(folder: epath.Path) -> bool:

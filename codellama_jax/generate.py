@@ -372,13 +372,14 @@ def load(
     """
     folder = Path(path)
     check(folder.is_dir(), f"there is no folder {folder}")
-    if (folder / "params.json").exists() or (folder / "config.json").exists():
+    foreign = (folder / "params.json").exists() or (folder / "config.json").exists()
+    if foreign or (mesh is None and checkpoint.has_checksums(folder)):
         from codellama_jax import convert
 
         # Repairs are told, but not among the text that a program may print.
         tell = functools.partial(print, file=sys.stderr)
         model, params = convert.read_params(folder, dtype, say=tell)
-        found = beside(folder) or beside(folder.parent)  # Meta's lies above
+        found = beside(folder) or beside(folder.parent)  # Meta's, and a step's, lies above
     else:
         model, params, found = checkpoint.load(folder, mesh, dtype)
     if not isinstance(tokenizer, Tokenizer):

@@ -16,8 +16,9 @@ import orbax.checkpoint as ocp
 import pytest
 from convert_fixture import DTYPES, GQA, MHA, assert_same_bits, leaves, random_params, write
 
+import codellama_jax
 from codellama_jax import checkpoint, convert, sharding
-from codellama_jax.convert import pth, table
+from codellama_jax.convert import orbax, pth, table
 from codellama_jax.convert import weights as weights_
 
 
@@ -134,21 +135,28 @@ def test_orbaxs_manager_takes_our_folder_for_a_finished_step(tmp_path):
     assert restored.recipe["model"]["num_kv_heads"] == GQA.num_kv_heads
 
 
-def test_a_trained_checkpoint_is_exported_as_it_is(tmp_path):
-    """Written by Orbax itself, from arrays that lie on eight devices."""
+@pytest.mark.parametrize(("smallest", "layers"), [(1, 1), (1_000_000, 4)])
+def test_a_trained_checkpoint_is_exported_as_it_is(tmp_path, monkeypatch, smallest, layers):
+    """Written by Orbax itself, from arrays on eight devices, in chunks of one layer or all."""
+    model = replace(GQA, num_layers=4)
     mesh = jax.make_mesh((1, 8), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    params = random_params(GQA, "float32")
+    params = random_params(model, "float32")
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
     placed = jax.tree.map(
         lambda x: jax.device_put(x, place) if x.ndim > 2 else jax.numpy.array(x), params
     )
-    recipe = {"model": GQA.__dict__, "stage": None, "tokenizer_fingerprint": None}
+    recipe = {"model": model.__dict__, "stage": None, "tokenizer_fingerprint": None}
+    monkeypatch.setattr(checkpoint, "SMALLEST_CHUNK", smallest)
     with ocp.CheckpointManager(tmp_path / "stage", item_names=("params", "recipe")) as manager:
         for step in (7, 12):
             args = ocp.args.Composite(
-                params=ocp.args.PyTreeSave(placed), recipe=ocp.args.JsonSave(recipe)
+                params=ocp.args.PyTreeSave(placed, save_args=checkpoint._by_layer(placed)),
+                recipe=ocp.args.JsonSave(recipe),
             )
             manager.save(step, args=args)
+    wk = next(row for row in table.TABLE if row.ours == "layers.attention.wk")
+    stored = orbax._open(tmp_path / "stage/12/params", wk, model)
+    assert stored.chunk_layout.read_chunk.shape[0] == layers
     convert.convert(("orbax", tmp_path / "stage"), ("hf", tmp_path / "hf"), verify=True, say=quiet)
     assert_same_bits(params, convert.read_params(tmp_path / "hf", say=quiet)[1])
 
@@ -187,7 +195,7 @@ def test_a_flipped_bit_is_noticed_on_load(tmp_path, kind):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    for read in (convert.check, convert.read_params):
+    for read in (convert.check, convert.read_params, codellama_jax.load):
         with pytest.raises(ValueError, match="is not the tensor that checksums.json"):
             read(folder)
     convert.read_params(folder, allow=("checksums",), say=quiet)

@@ -35,13 +35,13 @@ def read(folder: Path, findings: guard.Findings) -> Weights:
     kinds = {str(array.dtype.numpy_dtype) for array in arrays.values()}
     if len(kinds) > 1:
         raise ValueError(f"{step}: the weights are of several dtypes: {', '.join(sorted(kinds))}")
-    # The trainer's chunks hold all layers of a part of a weight; ours hold one layer.
-    chunks = [arrays[row.ours].chunk_layout.read_chunk.shape for row in table.TABLE if row.stacked]
-    together = any(chunk[0] > 1 for chunk in chunks)
+    # The trainer's chunks may hold several layers of a part of a weight; ours hold one.
+    stacked = [arrays[row.ours] for row in table.TABLE if row.stacked]
+    together = max(array.chunk_layout.read_chunk.shape[0] for array in stacked) > 1
     weights = Weights(
         model,
         dtype(kinds.pop()),
-        _reader(arrays, model, together),
+        _reader(arrays, model),
         tokenizer_files(step.parent),
         layers_together=together,
     )
@@ -49,18 +49,20 @@ def read(folder: Path, findings: guard.Findings) -> Weights:
     return proof.checked(weights, known, findings)
 
 
-def _reader(arrays: dict, model: config.Model, together: bool):
-    """Weights.read for stacked arrays; `together`: reads a weight once, whole, for all layers."""
+def _reader(arrays: dict, model: config.Model):
+    """Weights.read for stacked arrays: reads as many layers at once as a chunk holds."""
     lengths = table.sizes(model)
-    held: dict[str, np.ndarray] = {}
+    held: dict[tuple[str, int], np.ndarray] = {}
 
     def layer(name: str, number: int) -> np.ndarray:
-        if not together:
+        count = arrays[name].chunk_layout.read_chunk.shape[0]
+        if count == 1:
             return arrays[name][number].read().result()
-        if name not in held:
+        start = number - number % count
+        if (name, start) not in held:
             held.clear()
-            held[name] = arrays[name].read().result()
-        return held[name][number]
+            held[name, start] = arrays[name][start : start + count].read().result()
+        return held[name, start][number - start]
 
     def read_tensor(tensor: table.Tensor) -> np.ndarray:
         row = tensor.row

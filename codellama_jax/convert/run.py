@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -234,15 +235,25 @@ def _counter(progress: Callable[[int, int], None], whole: int) -> Callable[[Weig
 
 
 def _write(weights: Weights, to: str, folder: Path, options: dict) -> dict[str, str]:
-    """Writes a folder and its checksum table; returns the sums."""
-    sums: dict[str, str] = {}
+    """Writes a folder and its checksum table; returns the sums.
+
+    A tensor is hashed by a thread of its own while it is written and the next one is read; that
+    one waits for the hash, so that no tensor more is held.
+    """
+    coming: dict[str, Future[str]] = {}
+    last: Future[str] | None = None
 
     def read(tensor: table.Tensor) -> np.ndarray:
+        nonlocal last
         array = weights.read(tensor)
-        sums[tensor.hf] = proof.digest(array)
+        if last is not None:
+            last.result()
+        last = coming[tensor.hf] = hasher.submit(proof.digest, array)
         return array
 
-    FORMATS[to].write(replace(weights, read=read), folder, **options)
+    with ThreadPoolExecutor(1) as hasher:
+        FORMATS[to].write(replace(weights, read=read), folder, **options)
+        sums = {name: sum_.result() for name, sum_ in coming.items()}
     proof.Checksums(weights.model, str(weights.dtype), sums).write(folder)
     return sums
 
