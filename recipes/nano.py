@@ -80,7 +80,7 @@ def stages(vocab_size: int = VOCAB_SIZE) -> dict[str, Stage]:
         name="python",
         start_from="code",
         data=replace(code.data, mix=PYTHON_MIX, infilling_rate=0.0, line_rate=0.0),
-        optim=replace(code.optim, peak_lr=1.3e-3, warmup_steps=10),  # sec. 2.6: a third of code's
+        optim=replace(code.optim, peak_lr=4e-4, warmup_steps=10),  # sec. 2.6: less than code's
         steps=60,
     )
     long_context = lengthened(code, "long_context", steps=80)
@@ -104,12 +104,16 @@ def stages(vocab_size: int = VOCAB_SIZE) -> dict[str, Stage]:
 
 def lengthened(before: Stage, name: str, steps: int) -> Stage:
     """Long context (sec. 2.4): rows of 4 times the length, RoPE base 1e4 -> 1e6."""
+    files = {"code": "code_files"}  # no functions: nothing but a file is longer than a short row
+    mix: dict[str, float] = {}
+    for corpus, share in before.data.mix.items():
+        mix[files.get(corpus, corpus)] = mix.get(files.get(corpus, corpus), 0) + share
     return replace(
         before,
         name=name,
         start_from=before.name,
         model=replace(before.model, rope_theta=1e6, max_seq_len=4 * SEQ_LEN),
-        data=replace(before.data, seq_len=4 * SEQ_LEN),
+        data=replace(before.data, mix=mix, seq_len=4 * SEQ_LEN),
         layout=layout(4 * SEQ_LEN),
         optim=replace(before.optim, peak_lr=1e-3, warmup_steps=10),  # sec. 2.6: a small one
         steps=steps,

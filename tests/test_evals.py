@@ -321,7 +321,7 @@ def test_loss_by_position_covers_rows_longer_than_the_model_was_trained_on(
     assert curve.edges == list(range(0, 513, 64)) and len(curve.mean) == len(curve.error) == 8
     np.testing.assert_allclose(curve.mean, math.log(model.vocab_size), rtol=1e-5)
     assert curve.past.mean == pytest.approx(0, abs=1e-5)
-    assert 1 <= curve.documents <= curve.windows <= 96
+    assert 1 <= curve.documents <= curve.windows <= 128
 
 
 def test_loss_by_position_sees_rope_theta(prepared, model, mesh):
@@ -334,6 +334,14 @@ def test_loss_by_position_sees_rope_theta(prepared, model, mesh):
         for theta in (1e4, 1e6)
     ]
     assert curves[0].mean != curves[1].mean and curves[0].past is None
+
+
+def test_text_that_is_harder_further_on_is_no_difference_between_positions():
+    difficulty = np.random.default_rng(0).normal(size=40)  # of each piece of a document's text
+    rows = [[difficulty[row + bucket] for bucket in range(4)] for row in range(12)]
+    pieces, owners = heldout.same_text(np.array(rows + rows[:5]), [7] * 12 + [9] * 5)
+    assert pieces.shape == (9 + 2, 4) and owners == [7] * 9 + [9] * 2
+    assert np.ptp(pieces, axis=1).max() == 0
 
 
 def test_windows_are_overlapping_pieces_of_one_document(prepared):
@@ -357,7 +365,9 @@ def test_windows_are_overlapping_pieces_of_one_document(prepared):
 
 def test_a_length_that_no_document_has_is_refused_with_the_longest(prepared, model, mesh, zeros):
     tok, folder = prepared
-    with pytest.raises(ValueError, match="more than 1048576 tokens; the longest has [0-9]+"):
+    with pytest.raises(
+        ValueError, match="has the [0-9]+ tokens that are needed; the longest has [0-9]+"
+    ):
         heldout.by_position(model, zeros, folder, tok, mesh, length=2**20, layout=LAYOUT)
     with pytest.raises(ValueError, match="length=100 does not divide into buckets=8"):
         heldout.by_position(model, zeros, folder, tok, mesh, length=100, layout=LAYOUT)

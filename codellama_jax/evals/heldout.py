@@ -115,11 +115,14 @@ def _problems(stage: config.Stage, corpus_dir, tokenizer) -> list[infilling.Prob
 
 @dataclass(frozen=True)
 class ByPosition:
-    """Mean loss at positions [edges[i], edges[i+1]) of held-out documents (Fig. 4a)."""
+    """Mean loss at positions [edges[i], edges[i+1]) of held-out documents (Fig. 4a).
+
+    Every mean is over the same text, so a difference between positions is one of context alone.
+    """
 
     edges: list[int]
     mean: list[float]  # nats per token
-    error: list[float]  # bootstrap standard error over documents, each row's level taken out
+    error: list[float]  # bootstrap standard error over documents, each text's level taken out
     documents: int
     windows: int  # rows cut from these documents
     old_length: int | None  # the longest row before the long-context stage
@@ -138,15 +141,14 @@ def by_position(
     corpus_name: str = "code_files",
     old_length: int | None = None,
     buckets: int = 8,
-    max_windows: int = 96,
+    max_windows: int = 128,
 ) -> ByPosition:
     """The loss by position in rows of `length` tokens, all of one document each (section 3.3).
 
-    Every held-out document of at least `length` tokens gives one row, and longer ones more, one
-    bucket further on each, up to max_windows in all. So most of the text is scored in many buckets,
-    and what differs between positions is hardly the text. The rows are the same for every model.
-    `model` may have been trained on shorter rows: it is read with max_seq_len=length, its
-    rope_theta as it is.
+    A long held-out document gives up to 2 * buckets rows, each one bucket further on, max_windows
+    in all. A piece of text as wide as a bucket then stands in one row at the first position, in the
+    row before at the second, and so on; only pieces that stand in every position count. `model` may
+    have been trained on shorter rows: it is read with max_seq_len=length, its rope_theta as it is.
 
     Raises ValueError where no held-out document is long enough, and for a length that does not
     divide into `buckets`.
@@ -160,16 +162,22 @@ def by_position(
     wide = replace(model, max_seq_len=length)
     nll, _ = scoring.losses(wide, params, rows, layout=layout, mesh=mesh)
     nll = nll.astype(np.float64)
-    by_bucket = nll.reshape(len(nll), buckets, width).mean(axis=2)  # [windows, buckets]
-    shape = by_bucket - by_bucket.mean(axis=1, keepdims=True)
+    by_row = nll.reshape(len(nll), buckets, width).mean(axis=2)  # [windows, buckets]
+    by_piece, owners = same_text(by_row, documents)  # [pieces, buckets]
+    shape = by_piece - by_piece.mean(axis=1, keepdims=True)
     past = None
     if old_length is not None:
-        change = nll[:, old_length:].mean(1) - nll[:, old_length // 2 : old_length].mean(1)
-        past = bootstrap.interval(change, groups=documents)
+        old = old_length // width
+        config.check(
+            old >= 2 and old_length % (2 * width) == 0,
+            f"half of old_length={old_length} is not a whole number of buckets of {width} tokens",
+        )
+        change = by_piece[:, old:].mean(1) - by_piece[:, old // 2 : old].mean(1)
+        past = bootstrap.interval(change, groups=owners)
     return ByPosition(
         edges=list(range(0, length + 1, width)),
-        mean=by_bucket.mean(axis=0).tolist(),
-        error=[bootstrap.interval(column, groups=documents).error for column in shape.T],
+        mean=by_piece.mean(axis=0).tolist(),
+        error=[bootstrap.interval(column, groups=owners).error for column in shape.T],
         documents=len(set(documents)),
         windows=len(nll),
         old_length=old_length,
@@ -177,18 +185,34 @@ def by_position(
     )
 
 
+def same_text(by_row: np.ndarray, documents: list[int]) -> tuple[np.ndarray, list[int]]:
+    """by_row[row, bucket] of rows one bucket apart -> [piece of text, bucket], owners of pieces.
+
+    Piece j of a document stands in its row j - k at bucket k; kept if all those rows are there.
+    """
+    buckets, pieces, owners = by_row.shape[1], [], []
+    for document in dict.fromkeys(documents):
+        rows = by_row[[d == document for d in documents]]
+        for piece in range(buckets - 1, len(rows)):
+            pieces.append([rows[piece - bucket, bucket] for bucket in range(buckets)])
+            owners.append(document)
+    return np.array(pieces), owners
+
+
 def _windows(
     corpus_dir, tokenizer, name: str, length: int, stride: int, count: int
 ) -> tuple[Row, list[int]]:
-    """Rows of BOS and `length` consecutive tokens, and the document each is from."""
+    """Rows of BOS and `length` consecutive tokens, `stride` apart; the document each is from."""
     split = corpus.open(corpus_dir, tokenizer).split(name, "heldout")
+    buckets = length // stride
     fitting = (np.asarray(split.lengths, np.int64) - 1 - length) // stride + 1  # of each document
+    chosen = np.flatnonzero(fitting >= buckets)
     config.check(
-        bool((fitting > 0).any()),
-        f"no held-out document of corpus {name!r} has more than {length} tokens; the longest has "
-        f"{max(split.lengths, default=0)}",
+        len(chosen) > 0,
+        f"no held-out document of corpus {name!r} has the {2 * length - stride + 1} tokens that "
+        f"are needed; the longest has {max(split.lengths, default=0)}",
     )
-    places = [(n, i) for n in range(max(fitting)) for i in np.flatnonzero(fitting > n)][:count]
+    places = [(n, i) for i in chosen for n in range(min(fitting[i], 2 * buckets))][:count]
     texts = []
     for number, document in places:
         record, start = split.record(int(document)), 1 + number * stride
