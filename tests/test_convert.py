@@ -18,7 +18,7 @@ from convert_fixture import DTYPES, GQA, MHA, assert_same_bits, leaves, random_p
 
 import codellama_jax
 from codellama_jax import checkpoint, convert, sharding
-from codellama_jax.convert import orbax, pth, table
+from codellama_jax.convert import orbax, proof, pth, table
 from codellama_jax.convert import weights as weights_
 
 
@@ -178,6 +178,13 @@ def test_the_checksum_table_is_the_same_in_every_format(tmp_path, kind):
     write(tmp_path / "other", kind, GQA)
     tables = [(tmp_path / name / "checksums.json").read_bytes() for name in ("hf", "other")]
     assert tables[0] == tables[1]
+
+
+def test_the_checksum_table_does_not_depend_on_the_order_of_reading(tmp_path):
+    folder = write(tmp_path / "a", "hf", GQA)
+    before, known = (folder / "checksums.json").read_bytes(), proof.read(folder)
+    replace(known, tensors=dict(reversed(known.tensors.items()))).write(folder)
+    assert (folder / "checksums.json").read_bytes() == before
 
 
 def test_checking_needs_a_table(tmp_path):

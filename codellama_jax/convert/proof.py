@@ -34,7 +34,7 @@ class Checksums:
             "hash": "SHA-256 of each tensor in Hugging Face's axes, little-endian",
             "model": config.to_json(self.model),
             "dtype": self.dtype,
-            "tensors": self.tensors,
+            "tensors": {t.hf: self.tensors[t.hf] for t in table.tensors(self.model)},
         }
         (folder / NAME).write_text(json.dumps(content, indent=1) + "\n")
 
