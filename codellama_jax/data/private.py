@@ -13,7 +13,8 @@ KEY = "<KEY>"
 EMAIL = "name@example.com"
 LEFT_ASIDE = {"Public IP (ipv4)"}  # four-part version numbers look the same
 URL_PASSWORD = "Basic Auth Credentials"  # may be short
-NEEDS = {  # detectors whose patterns are slow run where their provider is named
+NEEDS = {  # detectors that are slow, or see keys in names, run where their provider is named
+    "Artifactory Credentials": "artifactory",
     "Cloudant Credentials": "cloudant",
     "IBM COS HMAC Credentials": "ibm",
     "IBM Cloud IAM Key": "ibm",
