@@ -68,8 +68,8 @@ def stages(vocab_size: int = VOCAB_SIZE) -> dict[str, Stage]:
             weight_decay=0.1,  # Llama 2
             clip_norm=1.0,  # Llama 2
         ),
-        steps=560,
-        layout=layout(SEQ_LEN),
+        steps=640,
+        layout=layout(SEQ_LEN, BATCH),
         log_every=20,
         eval_every=1_000_000,  # before and after the stage is enough here
         eval_rows=64,
@@ -83,8 +83,8 @@ def stages(vocab_size: int = VOCAB_SIZE) -> dict[str, Stage]:
         optim=replace(code.optim, peak_lr=4e-4, warmup_steps=10),  # sec. 2.6: less than code's
         steps=60,
     )
-    long_context = lengthened(code, "long_context", steps=80)
-    python_long_context = lengthened(python, "python_long_context", steps=30)
+    long_context = lengthened(code, "long_context", steps=160)
+    python_long_context = lengthened(python, "python_long_context", steps=60)
     instruct = replace(
         long_context,
         name="instruct",
@@ -113,17 +113,17 @@ def lengthened(before: Stage, name: str, steps: int) -> Stage:
         name=name,
         start_from=before.name,
         model=replace(before.model, rope_theta=1e6, max_seq_len=4 * SEQ_LEN),
-        data=replace(before.data, mix=mix, seq_len=4 * SEQ_LEN),
-        layout=layout(4 * SEQ_LEN),
-        optim=replace(before.optim, peak_lr=1e-3, warmup_steps=10),  # sec. 2.6: a small one
+        data=replace(before.data, mix=mix, seq_len=4 * SEQ_LEN, batch_tokens=BATCH // 2),
+        layout=layout(4 * SEQ_LEN, BATCH // 2),
+        optim=replace(before.optim, peak_lr=2e-3, warmup_steps=10),  # sec. 2.6: less than code's
         steps=steps,
     )
 
 
-def layout(seq_len: int) -> Layout:
+def layout(seq_len: int, batch_tokens: int) -> Layout:
     """Few rows at once, so that what they need stays in a core's cache."""
     return Layout(
-        microbatches=BATCH // max(seq_len, 1_024),
+        microbatches=batch_tokens // max(seq_len, 1_024),
         compute_dtype="float32",  # bfloat16 is slower on CPUs
         remat="none",
         scan_layers=False,
@@ -142,8 +142,11 @@ def main() -> None:
         workdir = Path(args.workdir)
         launch.make_folder(workdir)
         tokenizer = prepare(workdir, args.code_dir, args.tokenizer)
-        plan = launch.changed(stages(tokenizer.vocab_size), args.set)
-        chosen = [launch.pick(plan, args.stage, "nano")] if args.stage else list(plan.values())
+        plan = stages(tokenizer.vocab_size)
+        if args.stage:
+            plan = {args.stage: launch.pick(plan, args.stage, "nano")}
+        plan = launch.changed(plan, args.set)
+        chosen = list(plan.values())
         print(forecast(chosen), flush=True)
         from codellama_jax import train
 
