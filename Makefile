@@ -9,10 +9,10 @@ demo: .venv/installed
 	$(BIN)/python recipes/nano.py
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 test-fast: .venv/installed-test
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n auto -m "not slow"
 
 venv: .venv/installed-test
 

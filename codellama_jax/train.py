@@ -38,6 +38,8 @@ def train(stage: config.Stage, workdir: epath.PathLike) -> state.Params:
         keep_tokenizer(tokenizer, folder)
         start = int(train_state.step)
         if start == stage.steps:
+            if jax.process_index() == 0:
+                print(f"{stage.name:<13} is done: {start:,} steps, in {folder}", flush=True)
             return train_state.params
 
         # -- data ----------------------------------------------------------------------------
@@ -103,7 +105,14 @@ def first_state(
             f"stage {stage.name!r} starts from {stage.start_from!r}, but {parent} holds no "
             f"checkpoint: train that stage first, or import weights there",
         )
-        checkpoint.check_parent(checkpoint.read_recipe(parent), stage, fingerprint, parent)
+        saved, found = checkpoint.read_recipe(parent), checkpoint.find(parent)
+        checkpoint.check_parent(saved, stage, fingerprint, parent)
+        steps = (saved["stage"] or {}).get("steps", int(found.name))
+        check(
+            found == parent or int(found.name) == steps,
+            f"{parent} is at step {found.name} of {steps}: train it to its end, or start from that "
+            f"step with start_from={stage.start_from}/{found.name}",
+        )
         params = checkpoint.restore_params(parent, stage.model, mesh)
         return state.state_from_params(params, stage.model, tx, mesh)
     return state.random_state(stage.model, tx, mesh, stage.seed)

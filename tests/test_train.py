@@ -329,6 +329,18 @@ def test_a_stage_whose_parent_is_missing_or_other_is_refused(finished):
     )
 
 
+def test_a_parent_that_was_interrupted_is_refused_unless_its_step_is_named(finished, tmp_path):
+    workdir = tmp_path / "workdir"
+    shutil.copytree(finished, workdir)
+    shutil.rmtree(workdir / "code" / str(code_stage().steps))
+    refused(
+        replace(long_stage(), name="next"),
+        workdir,
+        f"code is at step [0-9]+ of {code_stage().steps}: train it to its end, or start from that "
+        "step with start_from=code/",
+    )
+
+
 def test_a_stage_may_start_from_one_step_of_another(finished, tmp_path):
     early = replace(long_stage(), name="early", start_from="code/10")
     recipe = checkpoint.describe(early, corpus_fixture.tokenizer().fingerprint)
