@@ -1,7 +1,9 @@
 """A tree of source files that the tests write, a vocabulary trained on it, and a corpus of both."""
 
+import atexit
 import functools
 import random
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -35,7 +37,7 @@ def write_tree(folder: Path, *, num_files: int = NUM_FILES) -> Path:
 
 @functools.cache
 def tree() -> Path:
-    return write_tree(Path(tempfile.mkdtemp(prefix="codellama-tree-")))
+    return write_tree(new_folder())
 
 
 @functools.cache
@@ -49,22 +51,28 @@ def request() -> gather.Request:
 
 @functools.cache
 def tokenizer() -> Tokenizer:
-    path = Path(tempfile.mkdtemp(prefix="codellama-tokenizer-")) / "tokenizer.model"
+    path = new_folder() / "tokenizer.model"
     train(gather.training_texts(gathered(), ["code", "language"]), 512, path)
     return Tokenizer(path)
 
 
 @functools.cache
 def other_tokenizer() -> Tokenizer:
-    path = Path(tempfile.mkdtemp(prefix="codellama-tokenizer-")) / "other.model"
+    path = new_folder() / "other.model"
     train(gather.training_texts(gathered(), ["code"]), 400, path)
     return Tokenizer(path)
 
 
 @functools.cache
 def prepared() -> corpus.Corpus:
-    folder = tempfile.mkdtemp(prefix="codellama-corpus-")
-    return corpus.prepare(folder, tokenizer(), request(), gathered=gathered())
+    return corpus.prepare(new_folder(), tokenizer(), request(), gathered=gathered())
+
+
+def new_folder() -> Path:
+    """A folder for what is made once for all tests; removed when Python ends."""
+    folder = Path(tempfile.mkdtemp(prefix="codellama-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def data(**changes) -> config.Data:
