@@ -214,8 +214,10 @@ def test_a_full_disk_is_told_in_one_sentence_and_leaves_what_was_whole(tmp_path,
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
     )
     assert run.returncode == 2
-    assert f"error: a checkpoint could not be written to {tmp_path}; " in run.stderr
-    assert "File too large" in run.stderr.splitlines()[-1]
+    errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert f"a checkpoint could not be written to {tmp_path}; " in errors[0]
+    assert "File too large" in errors[0]
     assert checkpoint.find(tmp_path) == tmp_path / "3"
     assert_equal(checkpoint.load(tmp_path)[1], at(0).params)
 
