@@ -78,14 +78,16 @@ def masked(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v with softmax in float32. Each query must see one key at least."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)  # [B, T, N, H] -> [B, T, K, G, H]
-    s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    s_BKGTS = jnp.where(mask_BTS[:, None, None], s_BKGTS / math.sqrt(H), -1e30)
+    (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
+    G = N // K
+    # the queries of all heads that share a key lie end to end: M = G T, one product for all
+    q_BKMH = q_BTNH.swapaxes(1, 2).reshape(B, K, G * T, H)
+    s_BKMS = jnp.einsum("BKMH,BSKH->BKMS", q_BKMH, k_BSKH, preferred_element_type=jnp.float32)
+    s_BKGTS = s_BKMS.reshape(B, K, G, T, S) / math.sqrt(H)
+    s_BKGTS = jnp.where(mask_BTS[:, None, None], s_BKGTS, -1e30)
     p_BKGTS = jax.nn.softmax(s_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", p_BKGTS, v_BSKH)
-    return o_BTKGH.reshape(B, T, N, H)
+    o_BKMH = jnp.einsum("BKMS,BSKH->BKMH", p_BKGTS.reshape(B, K, G * T, S), v_BSKH)
+    return o_BKMH.reshape(B, N, T, H).swapaxes(1, 2)
 
 
 def _splash(q_BTNH, k_BSKH, v_BSKH, segments_BT):

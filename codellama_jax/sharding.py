@@ -99,6 +99,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*place))
 
 
+def is_whole() -> bool:
+    """Whether arrays lie on one device here, so that merging axes of theirs moves nothing."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape.values()) == 1
+
+
 def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
