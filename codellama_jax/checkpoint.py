@@ -253,7 +253,7 @@ def _version(package: str) -> str:
 # -- may this stage go on from what lies there? --------------------------------------------------
 FREE = {  # fields that change speed or cadence but no number that is trained
     "layout", "log_every", "eval_every", "eval_rows", "save_every", "keep_checkpoints",
-    "profile_from", "data.workers", "data.corpus", "data.tokenizer",
+    "profile_from", "data.workers", "data.corpus", "data.tokenizer", "data.rows",
 }  # fmt: skip
 
 

@@ -94,6 +94,7 @@ class Data:
     attend_across_documents: bool = False  # False: attention and positions restart per document
     corpus: str = "corpus"  # folder written by tools/prepare_corpus.py; relative to the workdir
     tokenizer: str = "tokenizer.model"  # relative to the workdir
+    rows: str | None = None  # folder in the corpus's, by tools/prepare_rows.py: tokenized ahead
     seed: int = 0
     workers: int = 0  # reader processes per host; 0 reads in threads
 
@@ -105,6 +106,7 @@ class Data:
             f"not {sum(self.mix.values()):g}",
         )
         check(self.seq_len > 0, f"seq_len={self.seq_len} must be positive")
+        check(self.rows != "", "rows='' is no folder: name one, or leave it out")
         check(
             self.batch_tokens > 0 and self.batch_tokens % self.seq_len == 0,
             f"batch_tokens={self.batch_tokens} is not a whole number of rows of "

@@ -112,9 +112,12 @@ def from_flags(args: argparse.Namespace) -> tuple:
 
 
 def open_mixture(data, corpus_dir, tokenizer_path):
+    from dataclasses import replace
+
     from codellama_jax.data import mix
     from codellama_jax.tokenizer import Tokenizer
 
+    data = replace(data, rows=None)  # the corpus says more than rows that are only tokens
     return mix.open_mixture(data, corpus_dir, Tokenizer(tokenizer_path))
 
 

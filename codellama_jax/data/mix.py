@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from codellama_jax import config
-from codellama_jax.data import corpus, infilling
+from codellama_jax.data import ahead, corpus, infilling
 from codellama_jax.data.dialogue import DialogueRows
 from codellama_jax.data.rows import Piece, Row, Rows
 
@@ -39,11 +39,15 @@ class Mixture:
     data: config.Data
     rows: list[Rows | DialogueRows]  # by corpus id
     schedule: "Schedule"
+    written: list[ahead.Ahead | None]  # by corpus id: rows tokenized ahead
 
     def row(self, index: int) -> Row:
         """Row `index` of the stage, with the id of its corpus."""
         number, own_index = self.schedule[index]
-        row = self.rows[number].row(own_index)
+        written = self.written[number]
+        row = written.row(own_index) if written else None
+        if row is None:
+            row = self.rows[number].row(own_index)
         if self.data.attend_across_documents:
             row = join_documents(row)
         return {**row, "corpus": np.int32(number)}
@@ -118,7 +122,8 @@ def open_mixture(data: config.Data, corpus_dir: str | Path, tokenizer) -> Mixtur
     """Opens the corpora of `data.mix`.
 
     Raises ValueError for a corpus that the folder lacks or that is smaller than its share of one
-    batch, another tokenizer than the corpus was prepared for, and infilling that cannot happen.
+    batch, another tokenizer than the corpus was prepared for, infilling that cannot happen, and
+    rows tokenized ahead that do not fit.
     """
     folder = corpus.open(corpus_dir, tokenizer)
     rows = [_open_rows(data, folder, name, tokenizer, "train") for name in names(data)]
@@ -135,7 +140,10 @@ def open_mixture(data: config.Data, corpus_dir: str | Path, tokenizer) -> Mixtur
                 f"{data.seq_len} tokens, fewer than the {needed:.0f} of one batch; "
                 "use more text or a smaller batch_tokens"
             )
-    return Mixture(data, rows, Schedule(shares))
+    written = [None] * len(rows)
+    if data.rows is not None:
+        written = ahead.open_ahead(data, folder, tokenizer, names(data))
+    return Mixture(data, rows, Schedule(shares), written)
 
 
 def batches(
@@ -160,6 +168,7 @@ def batches(
             "processes; change batch_tokens"
         )
     mixture = open_mixture(data, corpus_dir, tokenizer)  # errors come here, not in a worker
+    ahead.check_code(mixture.written, mixture.rows, data.rows)
     source = _HostRows(mixture, str(corpus_dir), tokenizer, steps, process_index, process_count)
     dataset = grain.MapDataset.source(source).batch(data.rows_per_batch // process_count)
     reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=READ_AHEAD)
