@@ -150,7 +150,7 @@ def write(weights: Weights, folder: Path, shard_bytes: int = 5_000_000_000) -> N
     names = [name]
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    tensors = stream(weights, weights.order())
+    tensors = stream(weights)
     for file_name, shard in zip(names, shards, strict=True):
         plan = [(t.hf, weights.shape(t)) for t in shard]
         with safetensor.Writer(folder / file_name, plan, weights.dtype) as file:
@@ -175,7 +175,7 @@ def _plan(weights: Weights, shard_bytes: int) -> list[list[table.Tensor]]:
     shards: list[list[table.Tensor]] = [[]]
     size = 0
     for tensor in weights.order():
-        nbytes = int(np.prod(weights.shape(tensor))) * weights.dtype.itemsize
+        nbytes = weights.size(tensor)
         if shards[-1] and size + nbytes > shard_bytes:
             shards.append([])
             size = 0

@@ -214,12 +214,10 @@ def write(weights: Weights, folder: Path, shards: int = 1) -> None:
         files = [
             stack.enter_context(pth.Writer(folder / name, plan, weights.dtype)) for name in names
         ]
-        for tensor, array in stream(weights, weights.order()):
-            row = tensor.row
-            array = table.rearrange(array, row.hf_axes, row.meta_axes, lengths)
+        for tensor, array in stream(weights, "meta_axes"):
             parts = [array] * shards
-            if row.split is not None:
-                parts = np.split(array, shards, axis=row.split)
+            if tensor.row.split is not None:
+                parts = np.split(array, shards, axis=tensor.row.split)
             for file, part in zip(files, parts, strict=True):
                 file.add(part)
     (folder / "params.json").write_text(json.dumps(params_json(model)) + "\n")

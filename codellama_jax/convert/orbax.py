@@ -57,22 +57,31 @@ def _reader(arrays: dict, model: config.Model):
     def layer(name: str, number: int) -> np.ndarray:
         count = arrays[name].chunk_layout.read_chunk.shape[0]
         if count == 1:
-            return arrays[name][number].read().result()
+            return _read(arrays[name][number])
         start = number - number % count
         if (name, start) not in held:
             held.clear()
-            held[name, start] = arrays[name][start : start + count].read().result()
+            held[name, start] = _read(arrays[name][start : start + count])
         return held[name, start][number - start]
 
     def read_tensor(tensor: table.Tensor) -> np.ndarray:
         row = tensor.row
         if tensor.layer is None:
-            array = arrays[row.ours].read().result()
+            array = _read(arrays[row.ours])
         else:
             array = layer(row.ours, tensor.layer)
         return table.rearrange(array, row.ours_axes, row.hf_axes, lengths)
 
     return read_tensor
+
+
+def _read(view) -> np.ndarray:
+    """What a TensorStore shows, in memory of numpy's, whose large pages are cheaper to get."""
+    import tensorstore
+
+    array = np.empty(view.shape, view.dtype.numpy_dtype)
+    tensorstore.array(array).write(view).result()
+    return array
 
 
 def find(folder: Path) -> Path:
@@ -100,7 +109,8 @@ def _open(params: Path, row: table.Row, model: config.Model):
     driver = "zarr3" if about.get("use_zarr3") else "zarr"
     try:
         spec = {"driver": driver, "kvstore": store, "fill_missing_data_reads": False}
-        array = tensorstore.open(spec, read=True).result()
+        context = tensorstore.Context({"file_io_mode": {"mode": "memmap"}})
+        array = tensorstore.open(spec, read=True, context=context).result()
     except ValueError as error:
         raise ValueError(f"{params} has no {row.ours} ({error})") from None
     expected = table.shape(row.ours_axes, table.sizes(model))
@@ -117,16 +127,14 @@ def _open(params: Path, row: table.Row, model: config.Model):
 
 def write(weights: Weights, folder: Path) -> None:
     """Writes `weights` into the empty `folder` as step 0 of a stage of that name."""
-    model, lengths = weights.model, table.sizes(weights.model)
+    model = weights.model
     copy_tokenizer(weights, folder)
     step = folder / "0"
     (step / "params").mkdir(parents=True)
     for row in table.rows(model):
         _write_array_metadata(step / "params", row, model, str(weights.dtype))
-    for tensor, array in stream(weights, weights.order()):
-        row = tensor.row
-        array = table.rearrange(array, row.hf_axes, row.ours_axes, lengths)
-        _write_chunks(step / "params" / row.ours, tensor, array)
+    for tensor, array in stream(weights, "ours_axes"):
+        _write_chunks(step / "params" / tensor.row.ours, tensor, array)
     _write_json(step / "params" / "_METADATA", _tree_metadata(model))
     (step / "recipe").mkdir()
     _write_json(step / "recipe" / "metadata", _recipe(weights))

@@ -62,25 +62,42 @@ def digest(array: np.ndarray) -> str:
 
 def checked(weights: Weights, expected: Checksums | None, findings: guard.Findings) -> Weights:
     """The same weights; reading a NaN, or a tensor that `expected` does not know, is refused."""
+    sums: dict[str, str] = {}
 
     def read_tensor(tensor: table.Tensor) -> np.ndarray:
         array = weights.read(tensor)
         if guard.has_nonfinite(array):
             findings.wrong("nonfinite", f"{tensor.hf} has NaN or infinite elements")
-        if expected is not None and digest(array) != expected.tensors.get(tensor.hf):
-            findings.wrong(
-                "checksums", f"{tensor.hf} is not the tensor that {NAME} beside it names"
-            )
+        if expected is not None:
+            sums[tensor.hf] = digest(array)
+            if sums[tensor.hf] != expected.tensors.get(tensor.hf):
+                findings.wrong(
+                    "checksums", f"{tensor.hf} is not the tensor that {NAME} beside it names"
+                )
         findings.settle()
         return array
 
-    return replace(weights, read=read_tensor)
+    return replace(weights, read=read_tensor, sums=sums)
+
+
+def summed(weights: Weights) -> tuple[Weights, dict[str, str]]:
+    """The same weights, and a dict that gets the hash of every tensor that is read."""
+    sums: dict[str, str] = {}
+
+    def read_tensor(tensor: table.Tensor) -> np.ndarray:
+        array = weights.read(tensor)
+        sums[tensor.hf] = weights.sums.get(tensor.hf) or digest(array)
+        return array
+
+    return replace(weights, read=read_tensor), sums
 
 
 def sums_of(weights: Weights) -> dict[str, str]:
     """The hash of every tensor, read once."""
-    read = replace(weights, read=lambda tensor: digest(weights.read(tensor)))
-    return {tensor.hf: sum_ for tensor, sum_ in stream(read, weights.order())}
+    weights, sums = summed(weights)
+    for _ in stream(weights):
+        pass
+    return sums
 
 
 def differences(left: dict[str, str], right: dict[str, str]) -> list[str]:

@@ -12,6 +12,7 @@ import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -216,13 +217,22 @@ class Writer:
 
 
 class _Hashing:
-    """A file that is only appended to, and hashed on the way."""
+    """A file that is only appended to, and hashed on the way by a thread of its own.
+
+    The thread is at most one tensor behind, so that no more of them are held.
+    """
 
     def __init__(self, path: Path):
         self.file, self.digest, self.position = open(path, "wb"), hashlib.md5(), 0
+        self.hasher = ThreadPoolExecutor(1)
+        self.behind: Future | None = None
 
     def write(self, content) -> int:
-        self.digest.update(content)
+        is_tensor = len(content) > 1 << 16
+        if is_tensor and self.behind is not None:
+            self.behind.result()
+        hashed = self.hasher.submit(self.digest.update, content)
+        self.behind = hashed if is_tensor else self.behind
         self.file.write(content)
         self.position += len(content)
         return len(content)
@@ -237,6 +247,7 @@ class _Hashing:
         self.file.flush()
 
     def close(self) -> None:
+        self.hasher.shutdown()
         self.file.close()
 
 

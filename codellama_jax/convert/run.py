@@ -7,8 +7,8 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -219,14 +219,15 @@ def _check_tokenizer(weights: Weights, findings: guard.Findings) -> None:
 
 def _counter(progress: Callable[[int, int], None], whole: int) -> Callable[[Weights], Weights]:
     """A wrapper for weights: whatever is read from them counts as done, of `whole` bytes."""
-    done = 0
+    done, one_at_a_time = 0, threading.Lock()
 
     def counted(weights: Weights) -> Weights:
         def read(tensor: table.Tensor) -> np.ndarray:
             nonlocal done
             array = weights.read(tensor)
-            done += array.nbytes
-            progress(done, whole)
+            with one_at_a_time:
+                done += array.nbytes
+                progress(done, whole)
             return array
 
         return replace(weights, read=read)
@@ -235,25 +236,9 @@ def _counter(progress: Callable[[int, int], None], whole: int) -> Callable[[Weig
 
 
 def _write(weights: Weights, to: str, folder: Path, options: dict) -> dict[str, str]:
-    """Writes a folder and its checksum table; returns the sums.
-
-    A tensor is hashed by a thread of its own while it is written and the next one is read; that
-    one waits for the hash, so that no tensor more is held.
-    """
-    coming: dict[str, Future[str]] = {}
-    last: Future[str] | None = None
-
-    def read(tensor: table.Tensor) -> np.ndarray:
-        nonlocal last
-        array = weights.read(tensor)
-        if last is not None:
-            last.result()
-        last = coming[tensor.hf] = hasher.submit(proof.digest, array)
-        return array
-
-    with ThreadPoolExecutor(1) as hasher:
-        FORMATS[to].write(replace(weights, read=read), folder, **options)
-        sums = {name: sum_.result() for name, sum_ in coming.items()}
+    """Writes a folder and its checksum table; returns the sums."""
+    weights, sums = proof.summed(weights)
+    FORMATS[to].write(weights, folder, **options)
     proof.Checksums(weights.model, str(weights.dtype), sums).write(folder)
     return sums
 

@@ -6,10 +6,13 @@ bytes in a safetensors file. The functions here wrap `read`, so casts, new rows 
 each tensor as it flows by.
 """
 
+import math
+import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import ml_dtypes
@@ -18,6 +21,7 @@ import numpy as np
 from codellama_jax import config
 from codellama_jax.convert import table
 
+READERS = min(8, os.cpu_count() or 1)  # threads
 DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
@@ -40,6 +44,7 @@ class Weights:
     read: Callable[[table.Tensor], np.ndarray]  # in Hugging Face's axes
     tokenizer: tuple[Path, ...] = ()  # tokenizer.model, or Hugging Face's own files
     layers_together: bool = False  # the source stores a weight's layers in one block
+    sums: dict[str, str] = field(default_factory=dict)  # hashes that `read` computed on its way
 
     def order(self) -> list[table.Tensor]:
         """Every tensor: in the order of the forward pass, or all layers of a weight together."""
@@ -54,6 +59,10 @@ class Weights:
 
     def shape(self, tensor: table.Tensor) -> tuple[int, ...]:
         return table.shape(tensor.row.hf_axes, table.sizes(self.model))
+
+    def size(self, tensor: table.Tensor) -> int:
+        """Bytes of a tensor."""
+        return math.prod(self.shape(tensor)) * self.dtype.itemsize
 
 
 def dtype(name: str) -> np.dtype:
@@ -75,20 +84,38 @@ def copy_tokenizer(weights: Weights, folder: Path) -> None:
         shutil.copyfile(path, folder / name)
 
 
-def stream(
-    weights: Weights, order: Iterable[table.Tensor]
-) -> Iterator[tuple[table.Tensor, np.ndarray]]:
-    """Each tensor of `order`; the next is read by a second thread while this one is used."""
-    with ThreadPoolExecutor(1) as reader:
-        before = None
-        for tensor in order:
-            coming = reader.submit(weights.read, tensor)
-            if before is not None:
-                yield before[0], before[1].result()
-            before = (tensor, coming)
-            del coming
-        if before is not None:
-            yield before[0], before[1].result()
+def stream(weights: Weights, to: str = "hf_axes") -> Iterator[tuple[table.Tensor, np.ndarray]]:
+    """Each tensor in its order, stored as the pattern `to` of the table's row says.
+
+    Threads read ahead, and check, hash and rearrange what they read, while this one is used: one
+    tensor at least, and more as long as they have fewer bytes than the largest there is.
+    """
+    lengths, order = table.sizes(weights.model), weights.order()
+    most = max(map(weights.size, order))
+
+    def read(tensor: table.Tensor) -> np.ndarray:
+        row = tensor.row
+        return table.rearrange(weights.read(tensor), row.hf_axes, getattr(row, to), lengths)
+
+    coming: deque[tuple[table.Tensor, Future]] = deque()
+    ahead = 0  # bytes
+    with ThreadPoolExecutor(1 if weights.layers_together else READERS) as readers:
+        try:
+            for tensor in order:
+                while len(coming) > 1 and ahead + weights.size(tensor) > most:
+                    first, array = coming.popleft()
+                    ahead -= weights.size(first)
+                    yield first, array.result()
+                    del array
+                coming.append((tensor, readers.submit(read, tensor)))
+                ahead += weights.size(tensor)
+            while coming:
+                first, array = coming.popleft()
+                yield first, array.result()
+                del array
+        finally:
+            for _, array in coming:
+                array.cancel()
 
 
 # -- between disk and memory -------------------------------------------------------------------
@@ -113,11 +140,10 @@ def from_params(params: dict, model: config.Model) -> Weights:
 
 def to_params(weights: Weights) -> dict:
     """Our nested dict of numpy arrays, stacked over layers."""
-    model, lengths = weights.model, table.sizes(weights.model)
+    model = weights.model
     params: dict = {}
-    for tensor, array in stream(weights, weights.order()):
+    for tensor, array in stream(weights, "ours_axes"):
         row = tensor.row
-        array = table.rearrange(array, row.hf_axes, row.ours_axes, lengths)
         if tensor.layer is None:
             _put(params, row, np.array(array))  # a copy: not a map of a file that may go away
         else:
@@ -153,7 +179,7 @@ def cast(weights: Weights, to: np.dtype) -> Weights:
         with np.errstate(over="ignore"):  # the check of finite numbers follows the cast
             return array.astype(to)
 
-    return replace(weights, dtype=np.dtype(to), read=read)
+    return replace(weights, dtype=np.dtype(to), read=read, sums={})
 
 
 def grow(weights: Weights, vocab_size: int) -> Weights:
@@ -174,4 +200,5 @@ def grow(weights: Weights, vocab_size: int) -> Weights:
         new = np.broadcast_to((total / old).astype(array.dtype), (vocab_size - old, array.shape[1]))
         return np.concatenate([array, new])
 
-    return replace(weights, model=replace(weights.model, vocab_size=vocab_size), read=read)
+    model = replace(weights.model, vocab_size=vocab_size)
+    return replace(weights, model=model, read=read, sums={})
