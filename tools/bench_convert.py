@@ -1,12 +1,13 @@
-"""Measures the converter: seconds and peak memory, against copying the same bytes.
+"""Measures the converter: seconds, processor time and peak memory, against copying the same bytes.
 
     python tools/bench_convert.py --size 7b --workdir /tmp/bench            # 13.5 GB, three times
     python tools/bench_convert.py --size 34b --layers 4 --workdir /tmp/bench
 
-Writes a model of random bits in Hugging Face's form, converts it along --path, each conversion in
-a process of its own, and removes everything. Peak memory is that of the process, mapped pages
-included. With transformers installed, its own way from a folder to a folder (load, save) is
-measured too.
+Writes a model of random bits in Hugging Face's form and converts it along --path, each conversion
+in a process of its own, right after a `cp -r` of what it reads; removes everything. Processor time
+is that of user and system, all threads, starting Python included. Peak memory is that of the
+process, mapped pages included. With transformers installed, its own way from a folder to a folder
+(load, save) is measured too.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -53,20 +55,39 @@ def bench(model: config.Model, path: list[str], folder: Path) -> None:
     print(f"largest tensor {largest >> 20:,} MiB; three of them and 1 GiB: {limit:,} MiB\n")
     (folder / path[0]).mkdir()
     run._write(source, path[0], folder / path[0], {})
-    os.sync()
-    copied = timed(["cp", "-r", folder / path[0], folder / "copy"])
-    shutil.rmtree(folder / "copy")
-    print(f"{'':24}{'seconds':>9}{'GB/s':>8}{'of cp':>8}{'peak MiB':>10}")
-    report("cp -r", source.nbytes, copied, copied, "")
+    print(f"{'':24}{'seconds':>9}{'cp':>9}{'of cp':>8}{'CPU s':>9}{'cp':>9}{'peak MiB':>10}")
     for before, after in zip(path, path[1:], strict=False):
         command = [sys.executable, __file__, "--convert", before, after, folder]
-        seconds, peak = measured(command)
-        report(f"{before} -> {after}", source.nbytes, seconds, copied, f"{peak:,}")
+        against_cp(f"{before} -> {after}", folder / before, command)
         shutil.rmtree(folder / before)
         (folder / "new").rename(folder / after)
     if importlib.util.find_spec("transformers") and path[-1] == "hf":
-        seconds, peak = measured([sys.executable, "-c", TRANSFORMERS, folder / "hf", folder / "t"])
-        report("transformers, hf -> hf", source.nbytes, seconds, copied, f"{peak:,}")
+        command = [sys.executable, "-c", TRANSFORMERS, folder / "hf", folder / "t"]
+        against_cp("transformers, hf -> hf", folder / "hf", command)
+
+
+def against_cp(name: str, source: Path, command: list) -> None:
+    """Runs `command`, which reads `source`, and `cp` before it; prints a line about both."""
+    os.sync()
+    copied, copied_cpu, _ = measured(["cp", "-r", source, source.parent / "copy"])
+    shutil.rmtree(source.parent / "copy")
+    os.sync()
+    seconds, cpu, printed = measured(command)
+    peak = int(printed.split("peak")[1]) >> 10
+    print(
+        f"{name:24}{seconds:9.1f}{copied:9.1f}{copied / seconds:8.0%}"
+        f"{cpu:9.1f}{copied_cpu:9.1f}{peak:10,}",
+        flush=True,
+    )
+
+
+def measured(command: list) -> tuple[float, float, str]:
+    """(seconds, seconds of processors, what it printed) of a command."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return seconds, cpu, done.stdout
 
 
 TRANSFORMERS = """
@@ -96,24 +117,6 @@ def random_weights(model: config.Model) -> weights.Weights:
         return np.resize(bits[start:], shape).view(ml_dtypes.bfloat16)
 
     return weights.Weights(model, np.dtype(ml_dtypes.bfloat16), read)
-
-
-def timed(command: list) -> float:
-    started = time.perf_counter()
-    subprocess.run(command, check=True)
-    return time.perf_counter() - started
-
-
-def measured(command: list) -> tuple[float, int]:
-    """Seconds, and peak MiB."""
-    started = time.perf_counter()
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return time.perf_counter() - started, int(done.stdout.split("peak")[1]) >> 10
-
-
-def report(name: str, nbytes: int, seconds: float, copied: float, peak: str) -> None:
-    speed = nbytes / seconds / 1e9
-    print(f"{name:24}{seconds:9.1f}{speed:8.2f}{copied / seconds:8.0%}{peak:>10}", flush=True)
 
 
 def arguments() -> argparse.Namespace:
