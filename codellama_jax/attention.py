@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from codellama_jax import config, sharding
 
@@ -19,16 +20,17 @@ SPLASH_BLOCK = 512  # fits the VMEM of every TPU
 SPLASH_LANES = 128  # rows are padded to whole blocks, shorter rows to a multiple of this
 
 
-def kernel(name: str, platform: str, dtype: str = "bfloat16") -> str:
+def kernel(name: str, platform: str, dtype: str = "bfloat16", context: int = 1) -> str:
     """Resolves "auto" for devices of `platform`; refuses a kernel that cannot run there."""
     best = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")
-    if best == "cudnn" and dtype == "float32":  # it computes in 16 bits only
+    if best == "cudnn" and (dtype == "float32" or context > 1):  # 16 bits and whole rows only
         best = "xla"
     if name == "auto":
         return best
     config.check(
         name in ("xla", best),
-        f"attention={name!r} does not run on {platform} in {dtype}; use {best!r} or auto",
+        f"attention={name!r} does not run on {platform} in {dtype} with context={context}; "
+        f"use {best!r} or auto",
     )
     return name
 
@@ -40,13 +42,28 @@ def attend(
     *,
     segments_BT: jax.Array | None = None,
     kernel: str = "xla",
+    context: int = 1,
 ) -> jax.Array:
-    """Causal self-attention over whole rows (T = S). Returns [B, T, N, H] in the dtype of q."""
+    """Causal self-attention over whole rows (T = S). Returns [B, T, N, H] in the dtype of q.
+
+    With context > 1 the rows, segments too, lie in the order of sharding.balance.
+    """
     if kernel == "splash":
-        return _splash(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+        return _splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, context)
     if kernel == "cudnn":
         return _cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+    if context > 1:
+        return _shares(q_BTNH, k_BSKH, v_BSKH, segments_BT, context)
     return _blocks(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+
+
+def pairs(length: int, context: int = 1) -> int:
+    """Pairs of a query and a key that the splash kernel of one device computes for a row and head:
+    whole blocks on the diagonal."""
+    slices, block = 2 * context, splash_block(length, context)
+    size = _padded(length, block) // slices
+    of_slice = [size * (start + (size + block) / 2) for start in range(0, size * slices, size)]
+    return round(max(of_slice[i] + of_slice[-1 - i] for i in range(context)))
 
 
 def _blocks(q_BTNH, k_BSKH, v_BSKH, segments_BT):
@@ -63,6 +80,34 @@ def _blocks(q_BTNH, k_BSKH, v_BSKH, segments_BT):
             mask_BTS = mask_BTS & same
         outs.append(masked(q_BTNH[:, start:stop], k_BSKH[:, :stop], v_BSKH[:, :stop], mask_BTS))
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
+
+
+def _shares(q_BTNH, k_BSKH, v_BSKH, segments_BT, context):
+    """Plain XLA over balanced rows: each device of the context axis has its share of the queries,
+    a block of it at a time, and all keys."""
+    B, T, N, H = q_BTNH.shape
+    share = T // context
+    order_T = sharding.balance(np.arange(T), context, axis=0)
+    k_BSKH, v_BSKH = (
+        sharding.constrain(x, "batch", None, "kv_heads", None) for x in (k_BSKH, v_BSKH)
+    )
+
+    def block_of(x, start, stop, axis=1):  # of each share: [.., T, ..] -> [.., context * block, ..]
+        shape = x.shape
+        x = x.reshape(*shape[:axis], context, share, *shape[axis + 1 :])
+        x = x[(slice(None),) * (axis + 1) + (slice(start, stop),)]
+        return x.reshape(*shape[:axis], -1, *shape[axis + 1 :])
+
+    outs, block = [], max(QUERY_BLOCK, -(-share // 16))
+    for start in range(0, share, block):
+        stop = min(start + block, share)
+        mask_BTS = (block_of(order_T, start, stop, 0)[:, None] >= order_T[None])[None]
+        if segments_BT is not None:
+            same = block_of(segments_BT, start, stop)[:, :, None] == segments_BT[:, None]
+            mask_BTS = mask_BTS & same
+        out = masked(block_of(q_BTNH, start, stop), k_BSKH, v_BSKH, mask_BTS)
+        outs.append(out.reshape(B, context, stop - start, N, H))
+    return jnp.concatenate(outs, axis=2).reshape(B, T, N, H)
 
 
 def _cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT):
@@ -90,45 +135,49 @@ def masked(
     return o_BKMH.reshape(B, N, T, H).swapaxes(1, 2)
 
 
-def _splash(q_BTNH, k_BSKH, v_BSKH, segments_BT):
-    """The TPU kernel, run by each device on its own rows and heads."""
+def _splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, context):
+    """The TPU kernel, run by each device on its own rows, heads and queries."""
     if segments_BT is None:
         segments_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
     mesh = jax.sharding.get_abstract_mesh()
+    split = 1 if mesh.empty else mesh.shape["context"]
+    device = None if mesh.empty else mesh.abstract_device  # programs for TPUs are made on CPUs, too
+    platform = jax.default_backend() if mesh.empty else device and device.platform
+    heads = q_BTNH.shape[2] // (1 if mesh.empty else mesh.shape["tensor"])
+    attend = _splash_kernel(q_BTNH.shape[1], heads, context, split, platform == "cpu")
     if mesh.empty:
-        interpret = jax.default_backend() == "cpu"
-        return _splash_local(q_BTNH, k_BSKH, v_BSKH, segments_BT, interpret=interpret)
-    heads = sharding.spec("batch", None, "heads", None)
-    device = mesh.abstract_device  # of the mesh: programs for TPUs are compiled on CPUs, too
-    interpret = device is not None and device.platform == "cpu"
+        return _splash_local(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT, context=context)
+    parts = sharding.spec("batch", "queries", "heads", None)
     local = jax.shard_map(
-        functools.partial(_splash_local, interpret=interpret),
+        functools.partial(_splash_local, context=context, gather=split > 1),
         mesh=mesh,
-        in_specs=(heads, heads, heads, sharding.spec("batch", None)),
-        out_specs=heads,
+        in_specs=(
+            attend.manual_sharding_spec(NamedSharding(mesh, sharding.spec(None, "queries"))),
+            *(parts, parts, parts),
+            sharding.spec("batch", "queries"),
+        ),
+        out_specs=parts,
         check_vma=False,  # the kernel does not say how its output varies
     )
-    return local(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+    return local(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT)
 
 
-def _splash_local(q_BTNH, k_BSKH, v_BSKH, segments_BT, *, interpret):
+def _splash_kernel(length, heads, context, split, interpret):
+    """The kernel for rows of `length` in the order of sharding.balance, and what its mask says of
+    the blocks; `split` devices take a part of the queries each."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as splash,
     )
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 
-    length, N, H = q_BTNH.shape[1:]
-    block = min(SPLASH_BLOCK, -(-length // SPLASH_LANES) * SPLASH_LANES)
-    T = -(-length // block) * block
-    q_BTNH, k_BSKH, v_BSKH, segments_BT = (  # behind the row: no query of it looks there
-        jnp.pad(x, [(0, 0), (0, T - length)] + [(0, 0)] * (x.ndim - 2))
-        for x in (q_BTNH, k_BSKH, v_BSKH, segments_BT)
-    )
-    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((T, T))] * N)
-    attend = splash.make_splash_mha(
-        mask,
+    block = splash_block(length, context)
+    T = _padded(length, block)
+    mask = splash_attention_mask.CausalMask((T, T))
+    mask.q_sequence = sharding.balance(mask.q_sequence, context, axis=0)  # keys: natural order
+    return splash.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([mask] * heads),
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=split,
         interpret=interpret,
         residual_checkpoint_name="attention_out",
         block_sizes=splash.BlockSizes(
@@ -137,7 +186,48 @@ def _splash_local(q_BTNH, k_BSKH, v_BSKH, segments_BT, *, interpret):
             **{name: block for name in ("block_q_dq", "block_kv_dq")},
         ),
     )
+
+
+def splash_block(length: int, context: int) -> int:
+    """Queries, and keys, of one block. Raises ValueError when a slice is not of whole blocks."""
+    if context == 1:
+        return min(SPLASH_BLOCK, _padded(length, SPLASH_LANES))
+    block = math.gcd(SPLASH_BLOCK, length // (2 * context))
+    config.check(
+        block % SPLASH_LANES == 0,
+        f"rows of {length} in 2 * context = {2 * context} slices: the kernel wants slices of a "
+        f"multiple of {SPLASH_LANES}; use a smaller layout.context",
+    )
+    return block
+
+
+def _padded(length: int, to: int) -> int:
+    return -(-length // to) * to
+
+
+def _splash_local(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT, *, context, gather=False):
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as splash,
+    )
+
+    length, H = q_BTNH.shape[1], q_BTNH.shape[3]
+    segments_BS = segments_BT
+    if gather:  # the gradient goes back by a reduce-scatter
+        k_BSKH, v_BSKH, segments_BS = (
+            jax.lax.all_gather(x, "context", axis=1, tiled=True)
+            for x in (k_BSKH, v_BSKH, segments_BS)
+        )
+    k_BSKH, v_BSKH, segments_BS = (
+        sharding.unbalance(x, context) for x in (k_BSKH, v_BSKH, segments_BS)
+    )
+    if context == 1:  # behind the row: no query of it looks there
+        more = _padded(length, splash_block(length, 1)) - length
+        q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS = (
+            jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2))
+            for x in (q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS)
+        )
     q_BTNH = (q_BTNH / np.sqrt(H)).astype(q_BTNH.dtype)
     heads_first = [jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSKH, v_BSKH)]  # [B, heads, T, H]
-    o_BNTH = jax.vmap(attend)(*heads_first, splash.SegmentIds(q=segments_BT, kv=segments_BT))
+    segments = splash.SegmentIds(q=segments_BT, kv=segments_BS)
+    o_BNTH = jax.vmap(attend)(*heads_first, segments)
     return jnp.swapaxes(o_BNTH, 1, 2)[:, :length]

@@ -38,11 +38,13 @@ class Compute(NamedTuple):
     remat: str = "full"
     kernel: str = "xla"
     scan: bool = True
+    context: int = 1  # rows come in the order of sharding.balance
 
     @classmethod
     def of(cls, layout: config.Layout, platform: str) -> "Compute":
-        kernel = attention.kernel(layout.attention, platform, layout.compute_dtype)
-        return cls(jnp.dtype(layout.compute_dtype), layout.remat, kernel, layout.scan_layers)
+        kernel = attention.kernel(layout.attention, platform, layout.compute_dtype, layout.context)
+        dtype = jnp.dtype(layout.compute_dtype)
+        return cls(dtype, layout.remat, kernel, layout.scan_layers, layout.context)
 
 
 class Llama(nnx.Module):
@@ -71,7 +73,8 @@ class Llama(nnx.Module):
     ):
         """Returns the normalised hidden states x_BTD.
 
-        positions_BT count from 0 in each document; decode.py has the same over a cache.
+        positions_BT count from 0 in each document; decode.py has the same over a cache. With
+        compute.context > 1 rows come, and go, in the order of sharding.balance.
         """
         # looked up, then rounded: the gradient sums thousands of uses of a common token in float32
         x_BTD = self.tok_embeddings[...][tokens_BT].astype(compute.dtype)
@@ -93,7 +96,10 @@ class Llama(nnx.Module):
 
             def attend(q_BTNH, k_BTKH, v_BTKH):
                 return attention.attend(
-                    q_BTNH, k_BTKH, v_BTKH, segments_BT=segments_BT, kernel=compute.kernel
+                    *(q_BTNH, k_BTKH, v_BTKH),
+                    segments_BT=segments_BT,
+                    kernel=compute.kernel,
+                    context=compute.context,
                 )
 
             return block(x_BTD, rope, attend), None

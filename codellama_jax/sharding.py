@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -20,28 +21,23 @@ MESH_AXES = ("data", "fsdp", "tensor", "context")
 AXIS_RULES = {
     # weights
     "layers": None,
-    "embed": "fsdp",
+    "embed": ("fsdp", "context"),  # a device of the context axis has its tokens, not its weights
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
     "ffn": "tensor",
     # activations
     "batch": ("data", "fsdp"),
-    "length": ("context", "tensor"),  # between layers; inside, heads take the tensor axis
+    "length": ("context", "tensor"),  # between layers
+    "queries": "context",  # inside, where heads, ffn and vocabulary take the tensor axis
 }
 
 
 def make_mesh(layout: config.Layout, devices: list | None = None) -> Mesh:
     """The mesh of `layout` over `devices` (default: all of them).
 
-    Raises ValueError when the sizes of the axes do not multiply to the number of devices, and for
-    the context axis: a sequence is not split yet.
+    Raises ValueError when the sizes of the axes do not multiply to the number of devices.
     """
-    config.check(
-        layout.context == 1,
-        f"context={layout.context}: splitting a sequence over devices is not there yet; "
-        "use context=1 and more fsdp or tensor, or remat='full'",
-    )
     devices = jax.devices() if devices is None else devices
     sizes = [layout.data, layout.fsdp, layout.tensor, layout.context]
     if layout.fsdp == -1:
@@ -108,16 +104,67 @@ def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
+# -- rows split over the context axis --------------------------------------------------------------
+def balance(x: Any, context: int, axis: int = 1) -> Any:
+    """A row in the order in which `context` devices take equal shares of it.
+
+    The row is cut into 2 * context slices; device i takes slices i and 2 * context - 1 - i. A query
+    sees what is before it, so equal shares in natural order would be unequal work.
+
+        context=2    0 1 2 3 4 5 6 7  ->  0 1 6 7 | 2 3 4 5
+
+    Raises ValueError when the row does not divide.
+    """
+    check_length(x.shape[axis], context)
+    if context == 1:
+        return x
+    early, late = _cut(x, axis, (2, context))
+    pairs = _numpy(x).stack([early, _numpy(x).flip(late, axis)], axis + 1)
+    return pairs.reshape(x.shape)
+
+
+def unbalance(x: Any, context: int, axis: int = 1) -> Any:
+    """The inverse of `balance`."""
+    check_length(x.shape[axis], context)
+    if context == 1:
+        return x
+    early, late = _cut(x, axis, (context, 2), first=1)
+    return _numpy(x).concatenate([early, _numpy(x).flip(late, axis)], axis).reshape(x.shape)
+
+
+def check_length(length: int, context: int) -> None:
+    """Raises ValueError when rows of this length do not divide among the devices."""
+    config.check(
+        context == 1 or length % (2 * context) == 0,
+        f"rows of {length} tokens do not divide into 2 * context = {2 * context} slices; "
+        f"use layout.context={math.gcd(length, 2 * context) // 2 or 1}",
+    )
+
+
+def _cut(x, axis, ways, first=0):
+    """Early and late slices of x, the slices along `axis`. No gather: its gradient is a scatter."""
+    shape = (*x.shape[:axis], *ways, x.shape[axis] // math.prod(ways), *x.shape[axis + 1 :])
+    x = x.reshape(shape)
+    here = (slice(None),) * (axis + first)
+    return x[(*here, 0)], x[(*here, 1)]
+
+
+def _numpy(x):
+    return np if isinstance(x, np.ndarray) else jnp
+
+
+# -- placing ---------------------------------------------------------------------------------------
 def check_divides(shapes: Any, axes: Any, mesh: Mesh) -> None:
     """Raises ValueError when a weight does not divide by the mesh axes it is split over."""
 
     def check(path, shape, names):
         for size, name in zip(shape.shape, names, strict=True):
-            ways = mesh.shape.get(AXIS_RULES.get(name) or "", 1)
+            over = [axis for axis in _axes(AXIS_RULES.get(name)) if mesh.shape[axis] > 1]
+            ways = math.prod(mesh.shape[axis] for axis in over)
             config.check(
                 size % ways == 0,
                 f"{jax.tree_util.keystr(path, simple=True, separator='.')} has {size} {name}, "
-                f"which {ways} devices of mesh axis {AXIS_RULES.get(name)!r} do not divide",
+                f"which {ways} devices of mesh axis {' x '.join(map(repr, over))} do not divide",
             )
 
     jax.tree_util.tree_map_with_path(check, shapes, axes)

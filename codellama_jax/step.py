@@ -18,8 +18,10 @@ def make_train_step(stage: config.Stage, platform: str):
     """Returns train_step(TrainState, Batch) -> (TrainState, metrics), to be jitted.
 
     metrics: loss (nats per target token), tokens (targets), tokens_by_corpus [corpora of the mix],
-    grad_norm (before clipping), learning_rate.
+    grad_norm (before clipping), learning_rate. Raises ValueError when rows do not divide among the
+    devices of the context axis.
     """
+    sharding.check_length(stage.data.seq_len, stage.layout.context)
     tx = optim.adamw(stage.optim, stage.steps)
     schedule = optim.learning_rate(stage.optim, stage.steps)
     compute = Compute.of(stage.layout, platform)
@@ -81,7 +83,8 @@ def token_losses(
 ) -> tuple[jax.Array, jax.Array]:
     """Negative log-likelihood (nats, float32, 0 where masked) and mask of each target, [B, T].
 
-    `isolated` documents do not see each other and each starts at position 0.
+    `isolated` documents do not see each other and each starts at position 0. Inside, a row lies in
+    the order that its devices balance best; positions and segments go with their tokens.
     """
     inputs_BT, targets_BT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     mask_BT = batch["loss_mask"][:, 1:]
@@ -90,37 +93,51 @@ def token_losses(
         positions_BT, segments_BT = batch["positions"][:, :-1], batch["segments"][:, :-1]
     else:
         positions_BT, segments_BT = jnp.broadcast_to(jnp.arange(T), inputs_BT.shape), None
+    inputs_BT, targets_BT, positions_BT, segments_BT = jax.tree.map(
+        lambda x_BT: sharding.balance(x_BT, compute.context),
+        (inputs_BT, targets_BT, positions_BT, segments_BT),
+    )
     x_BTD = llama(inputs_BT, positions_BT, segments_BT, compute=compute)
-    nll_BT = chunked_cross_entropy(llama, x_BTD, targets_BT, chunk)
+    nll_BT = chunked_cross_entropy(llama, x_BTD, targets_BT, chunk, compute.context)
+    nll_BT = sharding.unbalance(nll_BT, compute.context)
     return jnp.where(mask_BT, nll_BT, 0.0), mask_BT
 
 
 def chunked_cross_entropy(
-    llama: Llama, x_BTD: jax.Array, targets_BT: jax.Array, chunk: int
+    llama: Llama, x_BTD: jax.Array, targets_BT: jax.Array, chunk: int, context: int = 1
 ) -> jax.Array:
     """-log softmax(logits)[target] in float32, holding the logits of `chunk` positions at once.
 
-    The backward pass computes each chunk's logits again.
+    The backward pass computes each chunk's logits again. Each of `context` devices takes a chunk's
+    share from its own part of the row.
     """
     B, T, D = x_BTD.shape
+    part, chunk = T // context, max(1, chunk // context)
 
     def losses(x_BCD, targets_BC):
-        logits_BCV = llama.logits(x_BCD)
+        x_BCD = sharding.constrain(x_BCD, "batch", "queries", None)
+        logits_BCV = sharding.constrain(llama.logits(x_BCD), "batch", "queries", "vocab")
         return optax.softmax_cross_entropy_with_integer_labels(logits_BCV, targets_BC)
 
-    if chunk >= T:
+    if chunk >= part:
         return losses(x_BTD, targets_BT)
-    whole = T // chunk * chunk
+    whole = part // chunk * chunk
 
-    def chunks(x):  # [B, T, ...] -> [T / chunk, B, chunk, ...]
-        return jnp.moveaxis(x[:, :whole].reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
+    def parts(x):  # [B, T, ...] -> [B, context, T / context, ...]
+        return x.reshape(B, context, part, *x.shape[2:])
 
+    def chunks(x):  # [B, context, whole, ...] -> [whole / chunk, B, context * chunk, ...]
+        x = x.reshape(B, context, -1, chunk, *x.shape[3:])
+        return jnp.moveaxis(x, 2, 0).reshape(-1, B, context * chunk, *x.shape[4:])
+
+    x, targets = parts(x_BTD), parts(targets_BT)
     _, nll = jax.lax.scan(
-        lambda _, part: (None, jax.checkpoint(losses)(*part)),
+        lambda _, chunk: (None, jax.checkpoint(losses)(*chunk)),
         None,
-        (chunks(x_BTD), chunks(targets_BT)),
+        (chunks(x[:, :, :whole]), chunks(targets[:, :, :whole])),
     )
-    nll_BT = jnp.moveaxis(nll, 0, 1).reshape(B, whole)
-    if whole < T:
-        nll_BT = jnp.concatenate([nll_BT, losses(x_BTD[:, whole:], targets_BT[:, whole:])], axis=1)
-    return nll_BT
+    nll = jnp.moveaxis(nll.reshape(-1, B, context, chunk), 0, 2).reshape(B, context, whole)
+    if whole < part:
+        x, targets = x[:, :, whole:].reshape(B, -1, D), targets[:, :, whole:].reshape(B, -1)
+        nll = jnp.concatenate([nll, losses(x, targets).reshape(B, context, -1)], axis=2)
+    return nll.reshape(B, T)

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 
 import jax
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 import spine_fixture as tiny
 
-from codellama_jax import attention
+from codellama_jax import attention, sharding
 
 
 def inputs(length: int, *, heads=4, kv_heads=2, width=8, rows=2, seed=0, dtype=np.float32):
@@ -138,9 +139,60 @@ def test_splash_runs_on_each_devices_own_rows_and_heads():
 def test_splash_takes_rows_of_any_length(length):
     q, k, v, segments_BT = jax.eval_shape(lambda: inputs(length, rows=1))
     out = jax.eval_shape(
-        functools.partial(attention._splash_local, interpret=True), q, k, v, segments_BT
+        lambda q, k, v, s: attention.attend(q, k, v, segments_BT=s, kernel="splash"),
+        *(q, k, v, segments_BT),
     )
     assert out.shape == q.shape
+
+
+# -- rows over the context axis ------------------------------------------------------------------
+def balanced(context, kernel, segments_BT):
+    """Attention over rows in natural order, computed in the order of sharding.balance."""
+
+    def attend(*qkv):
+        there = [sharding.balance(x, context) for x in qkv]
+        segments = None if segments_BT is None else sharding.balance(segments_BT, context)
+        out = attention.attend(*there, segments_BT=segments, kernel=kernel, context=context)
+        return sharding.unbalance(out, context)
+
+    return attend
+
+
+@pytest.mark.parametrize(
+    "kernel, length, context, segmented, axes",
+    [
+        ("xla", 24, 2, True, {}),
+        ("xla", 24, 2, False, {"context": 2, "tensor": 2}),
+        ("xla", 24, 4, True, {"context": 4, "fsdp": 2}),
+        ("splash", 512, 2, True, {"context": 2}),
+        pytest.param("splash", 512, 2, False, {}, marks=pytest.mark.slow),
+        pytest.param("splash", 512, 2, True, {"context": 2, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_balanced_rows_have_the_values_and_gradients_of_whole_rows(
+    kernel, length, context, segmented, axes, monkeypatch
+):
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
+    q, k, v, segments_BT = inputs(length, width=16)
+    segments_BT = segments_BT if segmented else None
+    want = value_and_grads(functools.partial(attention.attend, segments_BT=segments_BT), q, k, v)
+    mesh = jax.set_mesh(tiny.mesh(**axes)) if axes else contextlib.nullcontext()
+    with mesh:
+        got = value_and_grads(balanced(context, kernel, segments_BT), q, k, v)
+    assert_close(got, want, 2e-5)
+
+
+def test_the_devices_of_the_context_axis_do_equal_work():
+    whole = attention.pairs(16_384)
+    assert whole == sum(min(16_384, 512 * (1 + i // 512)) for i in range(16_384))
+    assert attention.pairs(16_384, context=4) == whole / 4
+
+
+def test_slices_too_short_for_the_kernel_are_refused():
+    q, k, v, _ = jax.eval_shape(lambda: inputs(256))
+    attend = functools.partial(attention.attend, kernel="splash", context=2)
+    with pytest.raises(ValueError, match="rows of 256 .*multiple of 128; use a smaller"):
+        jax.eval_shape(attend, q, k, v)
 
 
 # -- which kernel --------------------------------------------------------------------------------
@@ -174,3 +226,9 @@ def test_each_platform_has_its_kernel(name, platform, dtype, chosen):
 def test_a_kernel_that_cannot_run_is_refused_with_one_that_can(name, platform, dtype, use):
     with pytest.raises(ValueError, match=f"{name}.* does not run on {platform}.*use '{use}'"):
         attention.kernel(name, platform, dtype)
+
+
+def test_the_nvidia_kernel_takes_whole_rows_only():
+    assert attention.kernel("auto", "gpu", "bfloat16", context=2) == "xla"
+    with pytest.raises(ValueError, match="cudnn.*context=2; use 'xla'"):
+        attention.kernel("cudnn", "gpu", "bfloat16", context=2)

@@ -5,6 +5,8 @@ import jax
 import numpy as np
 import pytest
 import spine_fixture as tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from codellama_jax import config, optim, sharding, state, step
@@ -29,7 +31,7 @@ def test_one_axis_takes_the_devices_that_are_left():
         ({"data": 16}, ("8 devices", "= 16")),
         ({"fsdp": 4}, ("'fsdp': 4", "needs 4 devices, there are 8", "fsdp=-1")),
         ({"data": 4, "fsdp": 4}, ("needs 16 devices, there are 8",)),
-        ({"context": 2}, ("context=2", "use context=1")),
+        ({"context": 3}, ("8 devices", "data . tensor . context = 3")),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(axes, parts):
@@ -45,6 +47,10 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(axes, parts):
             "layers.attention.wk has 4 kv_heads, which 8 devices of mesh axis 'tensor'",
         ),
         ({"fsdp": 3}, "layers.attention.wk has 64 embed, which 3 devices of mesh axis 'fsdp'"),
+        (
+            {"fsdp": 2, "context": 3},
+            "layers.attention.wk has 64 embed, which 6 devices of mesh axis 'fsdp' x 'context'",
+        ),
     ],
 )
 def test_a_weight_that_does_not_divide_is_named(axes, sentence):
@@ -123,43 +129,85 @@ def assert_equal(got, want):
         np.testing.assert_array_equal(a, b)
 
 
+# -- rows over the context axis ------------------------------------------------------------------
+def test_a_device_of_the_context_axis_takes_an_early_and_a_late_slice():
+    row = np.arange(12)
+    np.testing.assert_array_equal(
+        sharding.balance(row, 3, axis=0).reshape(3, 4),
+        [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]],
+    )
+    work = (sharding.balance(row, 3, axis=0).reshape(3, 4) + 1).sum(axis=1)  # keys it looks at
+    assert len(set(work.tolist())) == 1
+
+
+@given(
+    context=st.integers(1, 5),
+    size=st.integers(1, 3),
+    trailing=st.sampled_from([(), (2,)]),
+    form=st.sampled_from([np.asarray, jax.numpy.asarray]),
+)
+@settings(max_examples=20, deadline=None)
+def test_rows_come_back_from_the_balanced_order(context, size, trailing, form):
+    shape = (2, 2 * context * size, *trailing)
+    rows = form(np.arange(np.prod(shape)).reshape(shape))
+    there = sharding.balance(rows, context)
+    assert sorted(np.asarray(there).ravel()) == list(range(rows.size))
+    np.testing.assert_array_equal(sharding.unbalance(there, context), rows)
+    np.testing.assert_array_equal(there[:, :, ...], sharding.balance(rows, context, axis=1))
+
+
+def test_rows_that_do_not_divide_among_the_context_are_refused_with_what_would():
+    stage = tiny.stage(layout={"context": 6})
+    with pytest.raises(ValueError, match="32 tokens .* 2 . context = 12 .*layout.context=2"):
+        step.make_train_step(stage, "cpu")
+    with pytest.raises(ValueError, match="31 tokens .*layout.context=1"):
+        sharding.balance(np.arange(31), 2, axis=0)
+
+
 # -- one step ------------------------------------------------------------------------------------
 @functools.cache
-def stepped(microbatches: int, **axes):
+def stepped(microbatches: int, isolated: bool = True, **axes):
     """Metrics, weights and first moments (a tenth of the clipped gradient) after one step."""
+    data = replace(tiny.stage().data, batch_tokens=32 * 32, attend_across_documents=not isolated)
     stage = tiny.stage(
         model=WIDE,
         optim=GENTLE,
-        data=replace(tiny.stage().data, batch_tokens=16 * 32),
-        layout={"microbatches": microbatches},
+        data=data,
+        layout={"microbatches": microbatches, "context": axes.get("context", 1)},
     )
     mesh = tiny.mesh(**axes)
-    given = jax.device_put(tiny.params(WIDE), state.param_shardings(WIDE, mesh))
-    before = state.state_from_params(given, WIDE, optim.adamw(stage.optim, stage.steps), mesh)
+    weights = jax.device_put(tiny.params(WIDE), state.param_shardings(WIDE, mesh))
+    before = state.state_from_params(weights, WIDE, optim.adamw(stage.optim, stage.steps), mesh)
     with jax.set_mesh(mesh):
-        batch = sharding.global_batch(tiny.random_batch(16), mesh)
+        batch = sharding.global_batch(tiny.random_batch(32), mesh)
         after, metrics = jax.jit(step.make_train_step(stage, "cpu"))(before, batch)
     for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
     return jax.device_get((metrics, after.params, after.opt_state[1].mu))
 
 
-@pytest.mark.parametrize(
-    "microbatches, axes",
-    [
-        (4, {}),
-        (1, {"fsdp": 8}),
-        pytest.param(4, {"fsdp": 2, "tensor": 4}, marks=pytest.mark.slow),
-        (4, {"data": 2, "fsdp": 2, "tensor": 2}),
-        pytest.param(1, {"data": 8}, marks=pytest.mark.slow),
-        pytest.param(1, {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
-        pytest.param(2, {"data": 2, "tensor": 4}, marks=pytest.mark.slow),
-    ],
-)
-def test_a_step_does_not_depend_on_mesh_and_accumulation(microbatches, axes):
-    metrics, params, gradients = stepped(microbatches, **axes)
-    want_metrics, want_params, want_gradients = stepped(1)
-    assert metrics["tokens"] == want_metrics["tokens"] == tiny.random_batch(16)["loss_mask"].sum()
+SLOW = pytest.mark.slow
+MESHES = [  # data, fsdp, tensor, context
+    pytest.param((1, 1, 1, 1), marks=[]),
+    pytest.param((8, 1, 1, 1), marks=SLOW),
+    pytest.param((1, 8, 1, 1), marks=[]),
+    pytest.param((2, 2, 2, 1), marks=SLOW),
+    pytest.param((1, 2, 4, 1), marks=SLOW),
+    pytest.param((1, 2, 2, 2), marks=[]),
+    pytest.param((2, 1, 2, 2), marks=SLOW),
+    pytest.param((2, 2, 1, 2), marks=SLOW),
+    pytest.param((1, 1, 2, 4), marks=SLOW),
+    pytest.param((1, 1, 1, 8), marks=SLOW),
+]
+
+
+@pytest.mark.parametrize("axes", MESHES)
+@pytest.mark.parametrize("microbatches, isolated", [(4, True), pytest.param(1, False, marks=SLOW)])
+def test_a_step_does_not_depend_on_mesh_and_accumulation(microbatches, isolated, axes):
+    axes = dict(zip(sharding.MESH_AXES, axes, strict=True))
+    metrics, params, gradients = stepped(microbatches, isolated, **axes)
+    want_metrics, want_params, want_gradients = stepped(1, isolated)
+    assert metrics["tokens"] == want_metrics["tokens"] == tiny.random_batch(32)["loss_mask"].sum()
     for name in ("loss", "grad_norm", "learning_rate"):
         np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=2e-6, err_msg=name)
     leaves = zip(jax.tree.leaves_with_path(gradients), jax.tree.leaves(want_gradients), strict=True)
