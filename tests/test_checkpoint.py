@@ -185,7 +185,9 @@ def test_a_run_killed_while_it_writes_leaves_whole_checkpoints_only(tmp_path):
         )
         assert run.stdout.readline() == b"ready\n"
         time.sleep(seconds)
-        assert run.poll() is None
+        while not checkpoint.any_step(tmp_path):
+            assert run.poll() is None
+            time.sleep(0.01)
         run.kill()
         run.communicate()
         for folder in tmp_path.iterdir():
@@ -220,6 +222,14 @@ def test_a_full_disk_is_told_in_one_sentence_and_leaves_what_was_whole(tmp_path,
     assert "File too large" in errors[0]
     assert checkpoint.find(tmp_path) == tmp_path / "3"
     assert_equal(checkpoint.load(tmp_path)[1], at(0).params)
+
+
+@pytest.mark.parametrize("settings", ["", " [os_error_code='28'] [tensorstore_spec='{1: 2}']"])
+def test_why_a_checkpoint_was_not_written_is_said_whatever_stands_behind_it(settings):
+    with pytest.raises(OSError, match=r"Reason: \.\.\..*file 19: No space left on device$"):
+        with checkpoint._writable("run/code"):
+            written = "Error writing " + 30 * '"d/2c1ae": ' + "Failed to write 9 bytes to file 19: "
+            raise ValueError(f"{written}No space left on device{settings}\nand more")
 
 
 def damaged(saved, tmp_path, what) -> Path:

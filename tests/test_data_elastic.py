@@ -4,6 +4,7 @@ With real processes: each is a host that knows its index and reads its rows; wha
 put together step by step, must be what one process reads.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -55,7 +56,8 @@ def kill(hosts: list[tuple], *, after: int) -> None:
         assert all(process.poll() in (None, 0) for process, _ in hosts)
         time.sleep(0.02)
     for process, _ in hosts:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it was through before the others had begun
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
