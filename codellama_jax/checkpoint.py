@@ -12,6 +12,7 @@ import importlib.metadata
 import logging
 import math
 import os
+import re
 from typing import Any
 
 import jax
@@ -121,7 +122,8 @@ def _writable(folder: epath.Path):
     try:
         yield
     except Exception as error:
-        reason = str(error).partition("\n")[0][-160:]
+        said = str(error).partition("\n")[0]
+        reason = re.sub(r" \[\w+='.*", "", said)[-160:]  # TensorStore adds all its settings
         raise OSError(
             f"a checkpoint could not be written to {folder}; those before it are whole. Is there "
             f"space left? Start again to go on from the newest. Reason: ...{reason}"
