@@ -200,7 +200,10 @@ def read_recipe(path: epath.PathLike) -> dict:
 def restore_params(
     path: epath.PathLike, model: config.Model, mesh: jax.sharding.Mesh | None = None, dtype=None
 ) -> state.Params:
-    """The weights of a checkpoint of `model`, cast to `dtype` while read, placed on `mesh`."""
+    """The weights of a checkpoint of `model`, cast to `dtype` while read, placed on `mesh`.
+
+    Raises ValueError for other bits than were written; where `dtype` rounds, it cannot tell.
+    """
     abstract = state.abstract_params(model)
     if mesh is None:
         places = jax.tree.map(
@@ -215,7 +218,14 @@ def restore_params(
     )
     step = find(path)
     with _readable(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.restore(step / "params", args=_restore(abstract))
+        params = reader.restore(step / "params", args=_restore(abstract))
+    if has_checksums(step):  # of imported weights
+        from codellama_jax.convert import proof
+
+        known = proof.read(step.parent)
+        if np.dtype(dtype or np.float32).name in ("float32", known.dtype):
+            proof.check_params(params, known, step)
+    return params
 
 
 def load(

@@ -5,8 +5,11 @@ the same weights have the same table in every format and any number of shards, a
 tensor in a safetensors file is that of its bytes there.
 """
 
+import functools
 import hashlib
 import json
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import numpy as np
 
 from codellama_jax import config
 from codellama_jax.convert import guard, table
+from codellama_jax.convert import weights as weights_
 from codellama_jax.convert.weights import Weights, stream
 
 NAME = "checksums.json"
@@ -98,6 +102,65 @@ def sums_of(weights: Weights) -> dict[str, str]:
     for _ in stream(weights):
         pass
     return sums
+
+
+def check_params(params: dict, expected: Checksums, where: Path) -> None:
+    """Raises ValueError unless JAX arrays, over any mesh, are the tensors that `expected` names.
+
+    For what was read from disk already, in the stored dtype or a wider one: one tensor after the
+    other is put together on the devices, and one of the processes hashes it. So no host reads more
+    than its slices, nor anything twice. All processes must call this, and all get the same answer.
+    """
+    import jax
+    from jax.experimental import multihost_utils
+
+    stored, lengths = weights_.dtype(expected.dtype), table.sizes(expected.model)
+    tensors = list(table.tensors(expected.model))
+
+    def is_right(tensor: table.Tensor, whole: jax.Array) -> bool:
+        array = np.asarray(whole.addressable_data(0)).astype(stored)
+        row = tensor.row
+        array = table.rearrange(array, row.ours_axes, row.hf_axes, lengths)
+        return digest(array) == expected.tensors.get(tensor.hf)
+
+    verdicts = np.ones(len(tensors), bool)
+    hashing: deque[tuple[int, Future[bool]]] = deque()
+    with ThreadPoolExecutor(weights_.READERS) as hashers:
+        for i, tensor in enumerate(tensors):
+            whole = _whole(weights_.leaf(params, tensor.row), tensor.layer)
+            if i % jax.process_count() == jax.process_index():
+                hashing.append((i, hashers.submit(is_right, tensor, whole)))
+            while hashing and (len(hashing) > weights_.READERS or i + 1 == len(tensors)):
+                done, verdict = hashing.popleft()
+                verdicts[done] = verdict.result()
+    if jax.process_count() > 1:
+        verdicts = multihost_utils.process_allgather(verdicts).all(axis=0)
+    if not verdicts.all():
+        name = tensors[int(verdicts.argmin())].hf
+        raise ValueError(
+            f"{where} is damaged: {name} is not the tensor that {NAME} beside it names; "
+            "import the weights again"
+        )
+
+
+def _whole(leaf, layer: int | None):
+    """A weight, or one layer of it, whole on each of its devices."""
+    import jax
+
+    place = leaf.sharding
+    if isinstance(place, jax.sharding.NamedSharding):
+        place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec())
+    return jax.block_until_ready(_gather(place, layer is None)(leaf, layer or 0))
+
+
+@functools.cache
+def _gather(place, everything: bool):
+    import jax
+
+    def gather(leaf, layer):
+        return leaf if everything else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+
+    return jax.jit(gather, out_shardings=place)
 
 
 def differences(left: dict[str, str], right: dict[str, str]) -> list[str]:

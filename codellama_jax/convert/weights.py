@@ -124,14 +124,14 @@ def stream(weights: Weights, to: str = "hf_axes") -> Iterator[tuple[table.Tensor
 def from_params(params: dict, model: config.Model) -> Weights:
     """The weights in our nested dict of (numpy or JAX) arrays, stacked over layers."""
     lengths = table.sizes(model)
-    leaves = {row.ours: _leaf(params, row) for row in table.rows(model)}
-    kinds = {str(leaf.dtype) for leaf in leaves.values()}
+    leaves = {row.ours: leaf(params, row) for row in table.rows(model)}
+    kinds = {str(stacked.dtype) for stacked in leaves.values()}
     if len(kinds) > 1:
         raise ValueError(f"the parameters are of several dtypes ({kinds}); cast them to one")
 
     def read(tensor: table.Tensor) -> np.ndarray:
-        leaf = leaves[tensor.row.ours]
-        array = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
+        stacked = leaves[tensor.row.ours]
+        array = np.asarray(stacked if tensor.layer is None else stacked[tensor.layer])
         assert array.shape == table.shape(tensor.row.ours_axes, lengths), tensor
         return table.rearrange(array, tensor.row.ours_axes, tensor.row.hf_axes, lengths)
 
@@ -149,21 +149,22 @@ def to_params(weights: Weights) -> dict:
         else:
             if tensor.layer == 0:
                 _put(params, row, np.empty((model.num_layers, *array.shape), array.dtype))
-            _leaf(params, row)[tensor.layer] = array
+            leaf(params, row)[tensor.layer] = array
     return params
 
 
-def _leaf(params: dict, row: table.Row):
+def leaf(params: dict, row: table.Row):
+    """The array of a nested dict that the table's row means."""
     for key in row.ours.split("."):
         params = params[key]
     return params
 
 
-def _put(params: dict, row: table.Row, leaf: np.ndarray) -> None:
+def _put(params: dict, row: table.Row, array: np.ndarray) -> None:
     *path, last = row.ours.split(".")
     for key in path:
         params = params.setdefault(key, {})
-    params[last] = leaf
+    params[last] = array
 
 
 # -- changes on the way ------------------------------------------------------------------------
