@@ -34,6 +34,9 @@ def make_train_step(stage: config.Stage, platform: str):
         return jnp.sum(nll_BT), jnp.sum(mask_BT)
 
     def train_step(train_state: state.TrainState, batch: Batch):
+        # libtpu 0.0.42.1 takes wrong gradients outside jit, silently (jax-ml/jax#39025)
+        traced = isinstance(batch["tokens"], jax.core.Tracer)
+        config.check(traced, "a training step runs inside jax.jit only: use jax.jit(train_step)")
         total, tokens, grads = accumulate(
             loss_sum, train_state.params, batch, stage.layout.microbatches
         )

@@ -1,6 +1,8 @@
 import functools
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -311,3 +313,39 @@ def test_a_step_counts_itself_and_learns_its_batch():
         losses.append(float(metrics["loss"]))
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 0.5
+
+
+# -- jax-ml/jax#39025: gradients outside jit, of gathers on a middle axis ------------------------
+def test_a_step_outside_jit_is_refused():
+    stage = tiny.stage()
+    before = state.TrainState(jnp.int32(0), tiny.params(), None)
+    with pytest.raises(ValueError, match=r"inside jax.jit only: use jax.jit\(train_step\)"):
+        step.make_train_step(stage, "cpu")(before, tiny.random_batch(8))
+
+
+def test_gradients_are_taken_in_the_step_and_nowhere_else():
+    taken = re.compile(r"\b(grad|value_and_grad|vjp|linearize|jacrev|hessian)\(")
+    package = Path(step.__file__).parent
+    found = {file.name for file in package.rglob("*.py") if taken.search(file.read_text())}
+    assert found == {"step.py"}
+
+
+@pytest.mark.parametrize("context", [1, 4])
+def test_nothing_differentiable_is_gathered_on_a_middle_axis(context):
+    layout = {"loss_chunk": 8, "context": context}
+    of = loss_sum(tiny.stage(layout=layout))
+    program = jax.make_jaxpr(lambda p, b: of(p, b)[0])(tiny.params(), tiny.random_batch(8))
+    gathers = [
+        (eqn.invars[0].aval, eqn.params["dimension_numbers"])
+        for eqn in _equations(program.jaxpr)
+        if eqn.primitive.name == "gather" and eqn.invars[0].aval.dtype == jnp.float32
+    ]
+    assert len(gathers) >= 2  # the embedding, the logit of each target
+    for operand, numbers in gathers:
+        assert set(numbers.start_index_map) <= {0, operand.ndim - 1}
+
+
+def _equations(jaxpr):
+    yield from jaxpr.eqns
+    for inner in _inner(jaxpr):
+        yield from _equations(inner)
