@@ -64,10 +64,11 @@ class Region:
     collectives: list[Collective] = field(default_factory=list)
 
 
-def read(text: str) -> list[Region]:
+def read(text: str, rounds: int | None = None) -> list[Region]:
     """The regions of a scheduled HLO module, the whole program first.
 
-    Raises ValueError for a text that is no scheduled module.
+    rounds: how often loops run that end at a value and not at a constant. Raises ValueError for a
+    text that is no scheduled module, and for such a loop where rounds is None.
     """
     computations, entry = split(text)
     if entry is None or "is_scheduled=true" not in text[:2_000]:
@@ -84,7 +85,9 @@ def read(text: str) -> list[Region]:
             opcode = OPCODE.search(" " + body)
             op = opcode[1] if opcode else ""
             if op == "while":
-                loop = Region(CALLED.search(body)[1], region.times * trips(computations, body))
+                loop = Region(
+                    CALLED.search(body)[1], region.times * trips(computations, body, rounds)
+                )
                 regions.append(loop)
                 walk(loop.name, loop, False, False)
                 continue
@@ -132,14 +135,16 @@ def split(text: str) -> tuple[dict[str, list[str]], str | None]:
     return computations, entry
 
 
-def trips(computations: dict[str, list[str]], loop: str) -> int:
-    """How often a while instruction runs: the largest s32 constant of its condition."""
+def trips(computations: dict[str, list[str]], loop: str, rounds: int | None = None) -> int:
+    """How often a while runs: the largest s32 constant of its condition; without one, `rounds`."""
     condition = CONDITION.search(loop)
     found = [
         int(value)
         for line in computations.get(condition[1] if condition else "", ())
         for value in CONSTANT.findall(line)
     ]
+    if not found and rounds is not None:
+        return rounds
     if not found:
         raise ValueError(f"no trip count in the condition of the loop {loop[:120]}")
     return max(found)

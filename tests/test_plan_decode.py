@@ -1,0 +1,91 @@
+"""Plans for reading and generating: what is refused, and one real compile for a TPU."""
+
+from dataclasses import replace
+
+import pytest
+import spine_fixture as tiny
+
+from codellama_jax import chips, config, plan_decode, schedule
+
+SMALL = replace(
+    tiny.MODEL, dim=256, num_heads=2, num_kv_heads=2, ffn_dim=256, vocab_size=256, max_seq_len=4_096
+)
+FOUR = chips.Slice.parse("v5e:2x2")
+
+COUNTING = """\
+HloModule jit_prefill, is_scheduled=true, entry_computation_layout={()->s32[]}
+
+%condition (state: (s32[], s32[])) -> pred[] {
+  %state = (s32[], s32[]) parameter(0)
+  ROOT %less = pred[] compare(%state, %state), direction=LT
+}
+
+%body (state: (s32[], s32[])) -> (s32[], s32[]) {
+  ROOT %work = (s32[], s32[]) fusion(%state), kind=kLoop, calls=%inner, \
+backend_config={"window_config":{"estimated_cycles":"100"}}
+}
+
+ENTRY %main () -> s32[] {
+  %loop = (s32[], s32[]) while(%start), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_loop_that_ends_at_a_value_runs_as_often_as_is_said():
+    assert [region.times for region in schedule.read(COUNTING, rounds=7)] == [1, 7]
+    with pytest.raises(ValueError, match="no trip count"):
+        schedule.read(COUNTING)
+
+
+# -- layouts -------------------------------------------------------------------------------------
+def test_heads_are_split_first_and_rows_over_what_is_left():
+    layout = plan_decode.layout_of(config.SIZES["34b"], chips.Slice.parse("v5e:4x4"), batch=2)
+    assert (layout.data, layout.fsdp, layout.tensor) == (2, 1, 8)
+
+
+@pytest.mark.parametrize(
+    "slice_name, batch, tensor, sentence",
+    [
+        ("v5e:4x4", 1, None, "batch=1 .* 2 groups of 8 .*use batch=2, or a slice of 8 devices"),
+        ("v5e:2x4", 8, 3, "tensor=3 does not divide 8 key/value heads and 8 devices; .*tensor=8"),
+    ],
+)
+def test_what_does_not_divide_is_refused_with_what_would(slice_name, batch, tensor, sentence):
+    where = chips.Slice.parse(slice_name)
+    with pytest.raises(ValueError, match=sentence):
+        plan_decode.layout_of(config.SIZES["34b"], where, batch, tensor)
+
+
+# -- compiled ------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_a_plan_counts_every_byte_and_every_chunk(tmp_path):
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install codellama_jax[aot]")
+    short, long = (
+        plan_decode.plan_generation(SMALL, FOUR, batch=2, context=n, cache=tmp_path)
+        for n in (1_024, 2_048)
+    )
+    weights = 2 * SMALL.num_params / 2**30
+    cache = 2 * 2 * SMALL.num_layers * 2 * SMALL.dim * (2_048 + 512) / 2**30
+    logits = 2 * SMALL.vocab_size * 4 / 2**30
+    decode = long["decode"]
+    assert decode["mesh"] == {"data": 2, "tensor": 2}
+    assert decode["memory"]["arguments"] == pytest.approx(
+        weights / 2 + cache / 4 + logits / 4, rel=0.1, abs=1.1e-3
+    )
+    assert decode["time"]["step_seconds"] >= decode["time"]["memory_seconds"] > 0
+    assert {"all-reduce"} <= {row["kind"] for row in decode["time"]["collectives"]}
+    ratio = long["prefill"]["time"]["compute_seconds"] / short["prefill"]["time"]["compute_seconds"]
+    assert 1.7 < ratio < 5  # twice the chunks, each over up to twice the cache
+    again = plan_decode.plan_generation(SMALL, FOUR, batch=2, context=2_048, cache=tmp_path)
+    assert again == long
+    assert "decode on v5e:2x2: 4 chips, mesh data 2 x tensor 2" in plan_decode.table(long)
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_refused_with_the_bytes(tmp_path):
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install codellama_jax[aot]")
+    model = replace(SMALL, num_layers=1)
+    with pytest.raises(ValueError, match="prefill of 4096 rows .* needs .* GiB .*batch=2048, a sh"):
+        plan_decode.plan_generation(
+            model, FOUR, batch=4_096, context=65_536, quick=True, cache=tmp_path
+        )
