@@ -136,14 +136,22 @@ def fingerprint(path: str) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
+def ids(path: str) -> dict[str, int]:
+    """Every piece's id, without the library."""
+    return _ids(_read(path)[1])
+
+
+def ends(path: str) -> tuple[int | None, int | None]:
+    """Ids of (BOS, EOS), without the library; None where there is none."""
+    return _ends(path, ids(path))
+
+
 def _ids(content: dict) -> dict[str, int]:
-    """Every piece's id."""
     added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
     return content["model"]["vocab"] | added
 
 
 def _ends(path: str, ids: dict[str, int]) -> tuple[int | None, int | None]:
-    """(BOS, EOS); None where there is none."""
     settings = _settings(epath.Path(path).parent / CONFIG)
     names = {end: settings.get(f"{end}_token") for end in ("bos", "eos")}
     names = {end: n["content"] if isinstance(n, dict) else n for end, n in names.items()}
@@ -230,17 +238,18 @@ _BYTES = _byte_characters()
 # -- growing ---------------------------------------------------------------------------------------
 
 
-def with_infilling(content: dict, path: str) -> dict:
-    """The content of a tokenizer.json with the four infilling marks as its last ids.
+def with_infilling(path: str) -> dict:
+    """The content of the tokenizer.json at `path` with the four infilling marks as its last ids.
 
     They are special tokens, called as in Code Llama; trusted text "\u2581<PRE>" becomes one.
     Raises ValueError if one is there already.
     """
-    added, ids = content.get("added_tokens", []), _ids(content)
-    clash = [mark for mark in INFILLING_PIECES if mark in ids]
+    content = _read(path)[1]
+    added, taken = content.get("added_tokens", []), _ids(content)
+    clash = [mark for mark in INFILLING_PIECES if mark in taken]
     if clash:
         raise ValueError(f"{path} has {clash[0]} already; there is nothing to grow")
-    first = 1 + max(ids.values())
+    first = 1 + max(taken.values())
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     marks = [
         {"id": first + n, "content": mark, **plain, "special": True}

@@ -230,10 +230,15 @@ def test_settings_that_are_no_json_are_shown(meta4, hf4):
     assert "config.json is no JSON object" in refusal(hf4)
 
 
-def test_a_setting_that_is_no_number_is_shown(meta4, hf4):
+@pytest.mark.parametrize("value", ["64", 0, -8, 16.5, float("nan"), True, [64]])
+def test_a_setting_that_no_model_can_have_is_shown(meta4, hf4, value):
     for path, name in ((meta4 / "params.json", "dim"), (hf4 / "config.json", "vocab_size")):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {name: "64"}))
-        assert f"{name} is '64', which is not a number" in refusal(path.parent)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+        assert f"{name} is {value!r}, which is no whole number above 0" in refusal(path.parent)
+    settings = json.loads((hf4 / "config.json").read_text()) | {"vocab_size": 336}
+    settings["rope_parameters"] = {"rope_theta": "1e6"}
+    (hf4 / "config.json").write_text(json.dumps(settings))
+    assert "rope_theta is '1e6', which is no number above 0" in refusal(hf4)
 
 
 def test_a_head_width_that_the_tensors_contradict_is_refused(outside_material, tmp_path):

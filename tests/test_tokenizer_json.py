@@ -207,7 +207,8 @@ def test_a_template_that_puts_bos_is_seen(byte_level, tmp_path):
     assert kept.fingerprint == byte_level.fingerprint  # ids of a text are the same
 
 
-def test_marks_have_the_names_of_code_llamas():
+def test_marks_have_the_names_of_code_llamas(tmp_path):
     content = {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 4, "content": "b"}]}
-    grown = tokenizer_json.with_infilling(content, "x")["added_tokens"][1:]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    grown = tokenizer_json.with_infilling(str(tmp_path / "tokenizer.json"))["added_tokens"][1:]
     assert [(t["id"], t["content"]) for t in grown] == list(enumerate(INFILLING_PIECES, 5))

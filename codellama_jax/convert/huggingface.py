@@ -105,6 +105,7 @@ def _declared(settings: dict, findings: guard.Findings) -> guard.Declared:
         if value not in allowed:
             findings.fatal(f"config.json: {name} is {value!r}; only {allowed[0]!r} is Llama 2")
     rope = settings.get("rope_parameters") or {}
+    guard.check_numbers(rope, {"rope_theta"}, Path("rope_parameters in config.json"))
     if rope.get("rope_type", "default") != "default":
         findings.fatal(f"config.json: rope_type {rope['rope_type']!r} is not Llama 2's")
     theta = rope.get("rope_theta", settings.get("rope_theta"))

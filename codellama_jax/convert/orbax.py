@@ -29,8 +29,12 @@ def read(folder: Path, findings: guard.Findings) -> Weights:
     try:
         recipe = json.loads((step / "recipe" / "metadata").read_text())
         model = config.from_json(config.Model, recipe["model"])
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{step} has no recipe that names its model ({error})") from None
+    except OSError as error:
+        raise ValueError(
+            f"{step} has no recipe, which names its model ({error.strerror})"
+        ) from None
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{step / 'recipe'} does not name its model ({error!r})") from None
     arrays = {row.ours: _open(step / "params", row, model) for row in table.rows(model)}
     kinds = {str(array.dtype.numpy_dtype) for array in arrays.values()}
     if len(kinds) > 1:
@@ -100,8 +104,10 @@ def _open(params: Path, row: table.Row, model: config.Model):
 
     try:
         about = json.loads((params / "_METADATA").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{params} is not Orbax's: no _METADATA ({error})") from None
+    except OSError as error:
+        raise ValueError(f"{params} is not Orbax's: no _METADATA ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"{params / '_METADATA'} is damaged ({error})") from None
     store: dict[str, Any] = {"driver": "file", "path": f"{params.resolve()}/{row.ours}/"}
     if about.get("use_ocdbt"):
         base = f"file://{params.resolve()}/"
@@ -112,7 +118,8 @@ def _open(params: Path, row: table.Row, model: config.Model):
         context = tensorstore.Context({"file_io_mode": {"mode": "memmap"}})
         array = tensorstore.open(spec, read=True, context=context).result()
     except ValueError as error:
-        raise ValueError(f"{params} has no {row.ours} ({error})") from None
+        reason = str(error).partition(" [tensorstore_spec")[0]  # behind it are all its settings
+        raise ValueError(f"{params} has no whole {row.ours} ({reason})") from None
     expected = table.shape(row.ours_axes, table.sizes(model))
     expected = (model.num_layers, *expected) if row.stacked else expected
     if array.shape != expected:

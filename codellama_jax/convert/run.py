@@ -30,6 +30,7 @@ from codellama_jax.convert import weights as weights_
 from codellama_jax.convert.weights import Weights
 
 FORMATS = {"meta": meta, "hf": huggingface, "orbax": orbax}
+MARKS = {"meta": "params.json", "hf": "config.json"}  # a file that only these have
 SHARD_BYTES = 5_000_000_000  # largest file of a Hugging Face folder
 
 
@@ -62,7 +63,8 @@ def convert(
     Raises ValueError for whatever is wrong. Then, and after a kill, nothing is at the destination.
     """
     (kind, folder), (to, dst) = source, destination
-    _check_options(kind, to, shards, shard_bytes)
+    _check_options(kind, to, shards, shard_bytes, tokenizer)
+    _check_kind(kind, Path(folder))
     findings = guard.Findings(tuple(allow), say)
     weights = FORMATS[kind].read(Path(folder), findings)
     say(f"source: {official.describe(weights.model)}, {weights.dtype}")
@@ -158,11 +160,8 @@ def _open(folder: Path, findings: guard.Findings) -> Weights:
     """The weights in `folder`, whichever format it has."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
-    if (folder / "params.json").exists():
-        return meta.read(folder, findings)
-    if (folder / "config.json").exists():
-        return huggingface.read(folder, findings)
-    return orbax.read(folder, findings)
+    kinds = [kind for kind, name in MARKS.items() if (folder / name).exists()]
+    return FORMATS[kinds[0] if kinds else "orbax"].read(folder, findings)
 
 
 def _silent(line: str) -> None:
@@ -176,8 +175,12 @@ def _to_stderr(line: str) -> None:
 # -- steps -------------------------------------------------------------------------------------
 
 
-def _check_options(kind: str, to: str, shards: int, shard_bytes: int) -> None:
+def _check_options(kind: str, to: str, shards: int, shard_bytes: int, tokenizer) -> None:
     """Raises ValueError for a format there is not, and an option that the other has no use for."""
+    if tokenizer is not None and not Path(tokenizer).is_file():
+        raise ValueError(f"there is no file {tokenizer}; give the path of a tokenizer.model")
+    if shard_bytes <= 0:
+        raise ValueError(f"shard_bytes={shard_bytes} must be above 0")
     for name in (kind, to):
         if name not in FORMATS:
             raise ValueError(f"{name!r} is not a format; there are {', '.join(FORMATS)}")
@@ -185,6 +188,15 @@ def _check_options(kind: str, to: str, shards: int, shard_bytes: int) -> None:
         raise ValueError(f"shards={shards} has no effect on {to!r}; only Meta's format has them")
     if to != "hf" and shard_bytes != SHARD_BYTES:
         raise ValueError(f"shard_bytes={shard_bytes} has no effect on {to!r}; only on 'hf'")
+
+
+def _check_kind(kind: str, folder: Path) -> None:
+    """Raises ValueError if there is no such folder, or plainly one of another format."""
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    found = [other for other, name in MARKS.items() if (folder / name).exists()]
+    if found and kind not in found:
+        raise ValueError(f"{folder} holds weights in the format {found[0]!r}, not {kind!r}")
 
 
 def _grown(weights: Weights, add_pieces: bool, folder: Path, say: Callable) -> Weights:
@@ -262,7 +274,10 @@ def new_folder(dst: Path, nbytes: int) -> Iterator[Path]:
         raise ValueError(f"{dst} exists already; name a new folder, or remove it first")
     partial = dst.with_name(f"{dst.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    dst.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{dst.parent} cannot be made a folder: {error.strerror}") from None
     free = shutil.disk_usage(dst.parent).free
     if free < nbytes * 1.01:
         raise ValueError(f"{dst.parent} has {free:,} bytes left; {nbytes:,} are needed")

@@ -37,7 +37,10 @@ def index(path: Path) -> dict[str, Entry]:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if length > min(size - 8, MAX_HEADER):
-            raise ValueError(f"{path} is not a whole safetensors file: its header is cut off")
+            raise ValueError(
+                f"{path} is not a whole safetensors file; is it a Git LFS pointer, an error page "
+                "or a broken download?"
+            )
         try:
             header = json.loads(file.read(length))
         except ValueError:

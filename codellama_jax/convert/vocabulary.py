@@ -43,9 +43,7 @@ def size(paths: tuple[Path, ...]) -> int | None:
         if path.suffix == ".model":
             return len(pieces(path))
         if path.name == "tokenizer.json":
-            content = json.loads(path.read_text())
-            ids = [*content["model"]["vocab"].values()]
-            return 1 + max([*ids, *(token["id"] for token in content["added_tokens"])])
+            return 1 + max(tokenizer_json.ids(str(path)).values())
     return None
 
 
@@ -58,15 +56,14 @@ def ends(paths: tuple[Path, ...]) -> tuple[int, list[int]]:
         if path.suffix == ".model":
             processor = spm_file.load(spm_file.read(str(path)))
             names = {piece.text: i for i, piece in enumerate(pieces(path))}
-            marks = [names[name] for name in (INFILLING_PIECES[3], STEP_PIECE) if name in names]
-            return processor.bos_id(), [processor.eos_id(), *marks]
-        if path.name == "tokenizer.json" and (path.parent / "tokenizer_config.json").exists():
-            names = {t["content"]: t["id"] for t in json.loads(path.read_text())["added_tokens"]}
-            settings = json.loads((path.parent / "tokenizer_config.json").read_text())
-            tokens = [settings.get(f"{end}_token") for end in ("bos", "eos")]
-            tokens = [t["content"] if isinstance(t, dict) else t for t in tokens]
-            marks = [names[name] for name in (INFILLING_PIECES[3], STEP_PIECE) if name in names]
-            return names.get(tokens[0], 1), [names.get(tokens[1], 2), *marks]
+            bos, eos = processor.bos_id(), processor.eos_id()
+        elif path.name == "tokenizer.json":
+            names = tokenizer_json.ids(str(path))
+            bos, eos = tokenizer_json.ends(str(path))
+        else:
+            continue
+        marks = [names[name] for name in (INFILLING_PIECES[3], STEP_PIECE) if name in names]
+        return 1 if bos is None else bos, [2 if eos is None else eos, *marks]
     return 1, [2]
 
 
@@ -84,7 +81,7 @@ def grow(files: tuple[Path, ...], folder: Path) -> tuple[Path, ...]:
     if "tokenizer.json" not in names:
         raise ValueError("there is no tokenizer to add infilling marks to; give --tokenizer")
     source = names.pop("tokenizer.json")
-    content = tokenizer_json.with_infilling(json.loads(source.read_text()), str(source))
+    content = tokenizer_json.with_infilling(str(source))
     (folder / source.name).write_text(json.dumps(content, ensure_ascii=False))
     names.pop("generation_config.json", None)  # it does not know the new end
     for name, path in names.items():
