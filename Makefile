@@ -2,6 +2,8 @@
 # make test   the tests
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 8
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-fast venv lint lock clean
 
@@ -9,10 +11,10 @@ demo: .venv/installed
 	$(BIN)/python recipes/nano.py
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -q -n auto
+	$(PYTEST)
 
 test-fast: .venv/installed-test
-	$(BIN)/python -m pytest -q -n auto -m "not slow"
+	$(PYTEST) -m "not slow"
 
 venv: .venv/installed-test
 
@@ -21,12 +23,13 @@ lint: .venv/installed-test
 
 .venv/installed: constraints.txt setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another with: make PYTHON=python3.12 demo")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@# pip's script is the last that venv writes: where it does not run, the rest may be half there
+	$(BIN)/pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	$(PIP) -e .
 	touch $@
 
 .venv/installed-test: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(PIP) -e '.[test]'
 	touch $@
 
 # needs uv; writes versions for every Python that setup.cfg allows
