@@ -1,11 +1,7 @@
-"""One host that reads its share of the batches: a process of tests/test_data_elastic.py.
-
-    python elastic_reader.py CORPUS TOKENIZER OUT START STEPS INDEX COUNT WORKERS
-
-Writes a line per step to OUT: the SHA-256 of each of its rows.
-"""
+"""One host that reads its share of the batches: a process of tests/test_data_elastic.py."""
 
 import hashlib
+import os
 import sys
 from pathlib import Path
 
@@ -37,12 +33,15 @@ def digests(batch: dict) -> list[str]:
     ]
 
 
-def main() -> None:
-    folder, tokenizer, out, *numbers = sys.argv[1:]
-    start, steps, index, count, workers = map(int, numbers)
+def host(
+    corpus_dir: str, tokenizer: str, out: str, start: int, steps: int, index: int, count: int,
+    workers: int,
+) -> None:  # fmt: skip
+    """Writes a line per step to `out`: the digest of each of this host's rows."""
+    os.setsid()  # so that it is killed with its workers
     batches = mix.batches(
         data(workers),
-        folder,
+        corpus_dir,
         Tokenizer(tokenizer),
         steps=steps,
         start_step=start,
@@ -52,7 +51,3 @@ def main() -> None:
     with open(out, "w") as file:
         for batch in batches:
             print(*digests(batch), file=file, flush=True)
-
-
-if __name__ == "__main__":
-    main()
