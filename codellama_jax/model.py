@@ -128,6 +128,7 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, rope: jax.Array, attend: Callable) -> jax.Array:
         h_BTD = x_BTD + self.attention(rms_norm(x_BTD, self.attention_norm, self.eps), rope, attend)
+        h_BTD = sharding.constrain(h_BTD, "batch", "length", None)
         return h_BTD + self.feed_forward(rms_norm(h_BTD, self.ffn_norm, self.eps))
 
 
@@ -144,7 +145,11 @@ class Attention(nnx.Module):
         self.wo = weight(rngs, (N, H, D), ("heads", None, "embed"), fan_in=wo_fan_in)
 
     def __call__(self, x_BTD: jax.Array, rope: jax.Array, attend: Callable) -> jax.Array:
-        q_BTNH, k_BTKH, v_BTKH = (product(x_BTD, w) for w in (self.wq, self.wk, self.wv))
+        q_BTNH = sharding.constrain(product(x_BTD, self.wq), "batch", "queries", "heads", None)
+        k_BTKH, v_BTKH = (
+            sharding.constrain(product(x_BTD, w), "batch", "queries", "kv_heads", None)
+            for w in (self.wk, self.wv)
+        )
         q_BTNH = checkpoint_name(rotate(q_BTNH, rope), "query")
         k_BTKH = checkpoint_name(rotate(k_BTKH, rope), "key")
         o_BTNH = attend(q_BTNH, k_BTKH, checkpoint_name(v_BTKH, "value"))
@@ -162,8 +167,11 @@ class FeedForward(nnx.Module):
         self.w3 = weight(rngs, (D, F), ("embed", "ffn"), fan_in=D)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF, up_BTF = jax.nn.silu(product(x_BTD, self.w1)), product(x_BTD, self.w3)
-        return product(gate_BTF * up_BTF, self.w2)
+        gate_BTF, up_BTF = (  # left to itself the compiler may keep rows split, and gather weights
+            sharding.constrain(product(x_BTD, w), "batch", "queries", "ffn")
+            for w in (self.w1, self.w3)
+        )
+        return product(jax.nn.silu(gate_BTF) * up_BTF, self.w2)
 
 
 def product(x_BTX: jax.Array, weight_XY: nnx.Param) -> jax.Array:

@@ -184,7 +184,8 @@ def test_balanced_rows_have_the_values_and_gradients_of_whole_rows(
 
 def test_the_devices_of_the_context_axis_do_equal_work():
     whole = attention.pairs(16_384)
-    assert whole == sum(min(16_384, 512 * (1 + i // 512)) for i in range(16_384))
+    block = attention.splash_block(16_384, 1)
+    assert whole == sum(block * (1 + i // block) for i in range(16_384))
     assert attention.pairs(16_384, context=4) == whole / 4
 
 
