@@ -2,12 +2,14 @@
 
     python tools/bench_convert.py --size 7b --workdir /tmp/bench            # 13.5 GB, three times
     python tools/bench_convert.py --size 34b --layers 4 --workdir /tmp/bench
+    python tools/bench_convert.py --width 768 --layers 24 --trained --path orbax hf
 
 Writes a model of random bits in Hugging Face's form and converts it along --path, each conversion
 in a process of its own, right after a `cp -r` of what it reads; removes everything. Processor time
 is that of user and system, all threads, starting Python included. Peak memory is that of the
 process, mapped pages included. With transformers installed, its own way from a folder to a folder
-(load, save) is measured too.
+(load, save) is measured too. With --trained the source is what the trainer writes, float32 weights
+and Adam's two moments; making it takes the memory that training would.
 """
 
 import argparse
@@ -38,23 +40,33 @@ def main() -> None:
     model = dataclasses.replace(config.SIZES[args.size], rope_theta=1e6, max_seq_len=16_384)
     if args.layers:
         model = dataclasses.replace(model, num_layers=args.layers)
+    if args.width:
+        heads, ffn_dim = args.width // 128, 256 * -(-args.width * 8 // 3 // 256)
+        model = dataclasses.replace(
+            model, dim=args.width, num_heads=heads, num_kv_heads=heads, ffn_dim=ffn_dim
+        )
     folder = Path(args.workdir) / "bench_convert"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        bench(model, args.path, folder)
+        bench(model, args.path, folder, args.trained)
     finally:
         shutil.rmtree(folder)
 
 
-def bench(model: config.Model, path: list[str], folder: Path) -> None:
+def bench(model: config.Model, path: list[str], folder: Path, trained: bool) -> None:
     source = random_weights(model)
-    largest = 2 * max(np.prod(source.shape(t)) for t in weights.table.tensors(model))
-    print(f"{official.describe(model)}\n{source.nbytes / 1e9:.2f} GB in bfloat16")
+    if trained:
+        source = weights.cast(source, np.dtype("float32"))
+    largest = max(map(source.size, weights.table.tensors(model)))
+    print(f"{official.describe(model)}\n{source.nbytes / 1e9:.2f} GB in {source.dtype}")
     limit = (3 * largest >> 20) + 1024
     print(f"largest tensor {largest >> 20:,} MiB; three of them and 1 GiB: {limit:,} MiB\n")
     (folder / path[0]).mkdir()
-    run._write(source, path[0], folder / path[0], {})
+    if trained:
+        save_trained(model, folder / path[0])
+    else:
+        run._write(source, path[0], folder / path[0], {})
     print(f"{'':24}{'seconds':>9}{'cp':>9}{'of cp':>8}{'CPU s':>9}{'cp':>9}{'peak MiB':>10}")
     for before, after in zip(path, path[1:], strict=False):
         command = [sys.executable, __file__, "--convert", before, after, folder]
@@ -119,12 +131,26 @@ def random_weights(model: config.Model) -> weights.Weights:
     return weights.Weights(model, np.dtype(ml_dtypes.bfloat16), read)
 
 
+def save_trained(model: config.Model, folder: Path) -> None:
+    """A checkpoint as the trainer saves it, with random weights."""
+    from codellama_jax import checkpoint, optim, sharding, state
+
+    adam = config.Optim(1e-3, 1, 0.1, 0.9, 0.95, 1e-8, 0.1, 1.0)
+    mesh = sharding.make_mesh(config.Layout())
+    made = state.random_state(model, optim.adamw(adam, 2), mesh, seed=0)
+    recipe = {"model": config.to_json(model), "stage": None, "tokenizer_fingerprint": None}
+    with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
+        checkpoints.save(made, recipe)
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=config.SIZES, default="7b")
     parser.add_argument("--layers", type=int, help="fewer layers than the size has")
+    parser.add_argument("--width", type=int, help="narrower than the size: a multiple of 128")
+    parser.add_argument("--trained", action="store_true", help="start from a trainer's checkpoint")
     parser.add_argument("--workdir", default="/tmp")
     parser.add_argument(
         "--path", nargs="+", choices=run.FORMATS, default=["hf", "orbax", "meta", "hf"]
