@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from codellama_jax import config, sharding
 
 QUERY_BLOCK = 128  # of the plain XLA form
-SPLASH_BLOCK = 512  # fits the VMEM of every TPU
+SPLASH_BLOCK = 1_024  # the largest that fits the VMEM of every TPU (kernels.py has the cycles)
 SPLASH_LANES = 128  # rows are padded to whole blocks, shorter rows to a multiple of this
 
 
@@ -57,10 +57,10 @@ def attend(
     return _blocks(q_BTNH, k_BSKH, v_BSKH, segments_BT)
 
 
-def pairs(length: int, context: int = 1) -> int:
+def pairs(length: int, context: int = 1, block: int | None = None) -> int:
     """Pairs of a query and a key that the splash kernel of one device computes for a row and head:
-    whole blocks on the diagonal."""
-    slices, block = 2 * context, splash_block(length, context)
+    whole blocks on the diagonal, of `block` queries and keys if not of splash_block."""
+    slices, block = 2 * context, block or splash_block(length, context)
     size = _padded(length, block) // slices
     of_slice = [size * (start + (size + block) / 2) for start in range(0, size * slices, size)]
     return round(max(of_slice[i] + of_slice[-1 - i] for i in range(context)))

@@ -1,7 +1,7 @@
 """The ledger of compiled cells: docs/pods.json, and the table of it inside docs/pods.md.
 
-A row is what one compile said of one stage on one slice (plan.plan), with its versions. Rows of the
-same size, stage, slice and layout replace one another.
+A row is what one compile said of one stage on one slice (plan.plan), with its versions and the hash
+of its program. Rows of the same size, stage, slice and layout replace one another.
 """
 
 import json
@@ -11,6 +11,12 @@ from codellama_jax import config, plan
 
 MOST_GROWTH = 0.02  # of the peak, against the ledger
 BEGIN, END = "<!-- ledger -->", "<!-- /ledger -->"
+MEMORY = ("arguments", "temporaries", "peak", "limit")
+TIME = (
+    *("compute_seconds", "kernels_seconds", "links_seconds", "exposed_seconds", "step_seconds"),
+    *("binds", "mfu", "mfu_full_attention", "tokens_per_second_per_chip"),
+    *("stage_days", "stage_chip_hours", "collectives"),
+)
 
 
 def row(size: str, report: plan.Report) -> dict:
@@ -21,23 +27,17 @@ def row(size: str, report: plan.Report) -> dict:
         **{name: report[name] for name in ("stage", "slice", "rows", "seq_len")},
         "layout": " ".join(plan.as_fields(config.Layout(**report["layout"]))),
         "mesh": " x ".join(f"{axis} {ways}" for axis, ways in report["mesh"].items()),
-        **{f"{name}_gib": memory[name] for name in ("arguments", "temporaries", "peak", "limit")},
+        **{f"{name}_gib": memory[name] for name in MEMORY},
         "headroom": memory["headroom"],
-        **{
-            name: time[name]
-            for name in (
-                "compute_seconds", "kernels_seconds", "links_seconds", "exposed_seconds",
-                "step_seconds", "binds", "mfu", "mfu_full_attention",
-                "tokens_per_second_per_chip", "stage_days", "stage_chip_hours",
-            )
-        },
-        "collectives": time["collectives"],
+        **{name: time[name] for name in TIME},
         "compile_seconds": made["seconds"],
         "compile_cpu_seconds": made["cpu_seconds"],
         **{name: made[name] for name in ("jax", "libtpu")},
-    }  # fmt: skip
+        "program": report["program"],
+    }
 
 
+# -- reading and writing -------------------------------------------------------------------------
 def record(folder: Path, new: dict) -> None:
     """Puts a row into folder/pods.json and the table of folder/pods.md."""
     rows = [old for old in read(folder) if key(old) != key(new)] + [new]
@@ -58,6 +58,21 @@ def key(row: dict) -> tuple:
     return tuple(row[name] for name in ("size", "seq_len", "rows", "stage", "slice", "layout"))
 
 
+def find(folder: Path, size: str, stage: config.Stage, where: str, layout: config.Layout):
+    """The row of a cell, or None."""
+    fields = " ".join(plan.as_fields(layout))
+    wanted = (size, stage.data.seq_len, stage.data.rows_per_batch, stage.name, where, fields)
+    return next((row for row in read(folder) if key(row) == wanted), None)
+
+
+def write(path: Path, text: str) -> None:
+    """Under a temporary name, then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+# -- comparing -----------------------------------------------------------------------------------
 def compare(folder: Path, new: dict) -> str:
     """Says that a fresh row agrees with the ledger's; raises ValueError where it got worse.
 
@@ -82,34 +97,34 @@ def compare(folder: Path, new: dict) -> str:
     return f"{name}: peak {growth:+.1%} against the ledger, no new collectives"
 
 
+# -- for people ----------------------------------------------------------------------------------
+COLUMNS = (
+    "size | stage | slice | mesh | layout | peak GiB (free) | step s | "
+    "compute + attention + exposed | gathered, reduced GB | MFU (full square) | days | chip-hours"
+)
+
+
 def table(rows: list[dict]) -> str:
     """Markdown: one line per row."""
-    columns = (
-        "size | stage | slice | mesh | layout | peak GiB (free) | step s | "
-        "compute + attention + exposed | gathered, reduced GB | MFU | chip-hours"
+    lines = [f"| {COLUMNS} |", "|" + "---|" * (COLUMNS.count("|") + 1)]
+    return "\n".join([*lines, *("| " + " | ".join(cells(row)) + " |" for row in rows)])
+
+
+def cells(row: dict) -> tuple[str, ...]:
+    moved = {
+        kind: sum(c["gigabytes"] for c in row["collectives"] if c["kind"] == kind)
+        for kind in ("all-gather", "all-reduce", "reduce-scatter")
+    }
+    reduced = moved["all-reduce"] + moved["reduce-scatter"]
+    parts = (row[f"{name}_seconds"] for name in ("compute", "kernels", "exposed"))
+    return (
+        *(row["size"], row["stage"], row["slice"], row["mesh"]),
+        f"`{row['layout'].replace('layout.', '')}`",
+        f"{row['peak_gib']:.2f} ({row['headroom']:.0%})",
+        f"{row['step_seconds']:.2f}",
+        " + ".join(f"{seconds:.2f}" for seconds in parts),
+        f"{moved['all-gather']:.0f}, {reduced:.0f}",
+        f"{row['mfu']:.1%} ({row['mfu_full_attention']:.1%})",
+        f"{row['stage_days']:,.1f}",
+        f"{row['stage_chip_hours']:,}",
     )
-    lines = [f"| {columns} |", "|" + "---|" * (columns.count("|") + 1)]
-    for row in rows:
-        moved = {
-            kind: sum(c["gigabytes"] for c in row["collectives"] if c["kind"] == kind)
-            for kind in ("all-gather", "all-reduce", "reduce-scatter")
-        }
-        reduced = moved["all-reduce"] + moved["reduce-scatter"]
-        short = row["layout"].replace("layout.", "")
-        cells = (
-            row["size"], row["stage"], row["slice"], row["mesh"], f"`{short}`",
-            f"{row['peak_gib']:.2f} ({row['headroom']:.0%})", f"{row['step_seconds']:.2f}",
-            f"{row['compute_seconds']:.2f} + {row['kernels_seconds']:.2f} + "
-            f"{row['exposed_seconds']:.2f}",
-            f"{moved['all-gather']:.0f}, {reduced:.0f}", f"{row['mfu']:.1%}",
-            f"{row['stage_chip_hours']:,}",
-        )  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def write(path: Path, text: str) -> None:
-    """Under a temporary name, then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

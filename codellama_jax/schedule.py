@@ -4,7 +4,7 @@ The compiler's own totals are of no use: they count the body of a loop once and 
 So the text is walked: every computation with the number of times it runs, and in it
 
     cycles       the sum of `estimated_cycles` of its instructions
-    kernels      Pallas calls by name; they carry no cycles
+    kernels      Pallas calls by name and block; they carry no cycles
     collectives  what moves between chips, by kind, type and group; these carry no cycles either
 
 A loop says how often it runs by the constant in its condition. One asynchronous collective appears
@@ -31,6 +31,7 @@ CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 CONSTANT = re.compile(r" s32\[\][^ ]* constant\((\d+)\)")
+BLOCK = re.compile(r'block_q(?:_d\w+)?\\*": *(\d+)')  # as splash attention notes it
 CHANNEL = re.compile(r"channel_id=(\d+)")
 
 
@@ -130,6 +131,8 @@ def split(text: str) -> tuple[dict[str, list[str]], str | None]:
                 entry = match[2] if match[1] else entry
         elif line == "}":
             lines = None
+        elif lines and not line.startswith("  "):  # an attribute that holds line breaks
+            lines[-1] += line
         else:
             lines.append(line)
     return computations, entry
@@ -158,10 +161,13 @@ def callees(body: str) -> list[str]:
 
 
 def kernel_name(name: str, body: str) -> str:
-    """The function a Pallas call was made from, such as splash_mha_fwd."""
+    """The function a Pallas call was made from, such as splash_mha_fwd, and its block's side."""
     match = re.search(r'kernel_name\W+([\w.\-]+)|op_name="[^"]*?([\w\-]+)"', body)
     found = match and (match[1] or match[2])
-    return re.sub(r"[.\d]+$", "", found or name)
+    if found in (None, "pallas_call"):
+        found = name
+    block = BLOCK.search(body)
+    return re.sub(r"[.\d]+$", "", found) + (f" {block[1]}" if block else "")
 
 
 def collective(op: str, body: str, asynchronous: bool) -> Collective | None:

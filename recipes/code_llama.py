@@ -61,8 +61,14 @@ LAYOUTS = {       # size, rows of a batch, row length: slice
         "v5e:16x16": Layout(microbatches=4, remat="dots", loss_chunk=4_096),
         "v5p:4x4x4": Layout(data=4, fsdp=16, microbatches=4, remat="dots", loss_chunk=4_096),
     },
+    ("7b", 128, 16_384): {
+        "v5e:16x16": Layout(tensor=2, remat="attention", loss_chunk=4_096),
+    },
     ("13b", 1_024, 4_096): {
         "v5e:16x16": Layout(microbatches=4, remat="attention", loss_chunk=4_096),
+    },
+    ("34b", 1_024, 4_096): {
+        "v5e:16x16": Layout(microbatches=4, loss_chunk=4_096),
     },
     ("34b", 64, 16_384): {
         "v5e:16x16": Layout(tensor=4, loss_chunk=4_096),

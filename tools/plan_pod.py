@@ -1,9 +1,11 @@
 r"""What a stage needs on TPUs: bytes, seconds, chip-hours. Compiles the real step; needs no TPU.
 
-    python tools/plan_pod.py --size 7b --stage code                       which slices fit
-    python tools/plan_pod.py --size 7b --stage code --slice v5e:16x16     one of them, compiled
+    python tools/plan_pod.py --size 34b --stage long_context              what is known, and a plan
+    python tools/plan_pod.py --size 7b --stage code --slice v5e:16x16     one slice, compiled
     python tools/plan_pod.py --size 34b --stage code --slice v5p:4x4x8 --set layout.tensor=2
-    python tools/plan_pod.py --size 7b --stage code --slice v5e:16x16 --search
+    python tools/plan_pod.py --size 7b --stage code --slice v5e:16x16 --search 6
+    python tools/plan_pod.py --outdated                                   rows of other programs
+    python tools/plan_pod.py --fill                                       compiles and records them
 
 A compile takes one to five minutes of one or two cores and up to 3 GB; the answer is kept, and the
 same question is answered at once. Needs the TPU compiler: pip install 'codellama_jax[aot]'.
@@ -14,48 +16,54 @@ import argparse
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a clone that is not installed
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from codellama_jax import chips, config, launch, ledger, plan
+from codellama_jax import arithmetic, chips, config, launch, ledger, plan
 from recipes import code_llama
 
 DOCS = Path(__file__).parents[1] / "docs"
+USUAL_MFU = 0.5  # for days of a slice that was not compiled
 
 
 def main() -> None:
     args = arguments()
     with launch.refusals():
-        where = chips.Slice.parse(args.slice) if args.slice else None
-        stages = code_llama.stages(args.size)
-        stage = launch.pick(stages, args.stage, args.size)
-        if where is not None:
-            layout = code_llama.layouts(stage, args.size).get(str(where), stage.layout)
-            stage = dataclasses.replace(stage, layout=layout)
-        stage = launch.changed({stage.name: stage}, args.set)[stage.name]
-        if where is None:
-            print(json.dumps(survey(stage), indent=1) if args.json else surveyed(stage))
-        elif args.search:
-            found = search(stage, where, args.json)
+        if args.outdated or args.fill:
+            missing = outdated()
+            for cell in missing:
+                print(f"{cell.why:<12}{cell.size:>4} {cell.stage.name} on {cell.where}", flush=True)
+                if args.fill:
+                    cell.record()
+            return
+        stage = launch.pick(code_llama.stages(args.size), args.stage, args.size)
+        if args.slice is None:
+            plan_without_slice(stage, args)
+            return
+        where = chips.Slice.parse(args.slice)
+        stage = laid_out(stage, args.size, where, args.set)
+        if args.search:
+            found = search(stage, where, args.search, args.json)
             print(json.dumps(found, indent=1) if args.json else ranking(found))
-        else:
-            report = plan.plan(stage, where, quick=args.quick)
-            if args.record:
-                ledger.record(DOCS, ledger.row(args.size, report))
-            print(json.dumps(report, indent=1) if args.json else plan.table(report))
-            if args.check:
-                print(ledger.compare(DOCS, ledger.row(args.size, report)), file=sys.stderr)
+            return
+        report = plan.plan(stage, where, quick=args.quick)
+        if args.record:
+            ledger.record(DOCS, ledger.row(args.size, report))
+        print(json.dumps(report, indent=1) if args.json else plan.table(report))
+        if args.check:
+            print(ledger.compare(DOCS, ledger.row(args.size, report)), file=sys.stderr)
 
 
 def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", choices=tuple(config.SIZES), required=True)
-    parser.add_argument("--stage", required=True, help="such as code; recipes/code_llama.py --list")
+    parser.add_argument("--size", choices=tuple(config.SIZES))
+    parser.add_argument("--stage", help="such as code; recipes/code_llama.py --list")
     parser.add_argument("--slice", metavar="CHIP:SHAPE", help="such as v5e:16x16 or 2xv5p:4x4x8")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="as in the recipe"
@@ -63,60 +71,124 @@ def arguments():
     parser.add_argument(
         "--quick", action="store_true", help="bytes only: compiles in half the time"
     )
-    parser.add_argument("--search", action="store_true", help="compile many layouts, and rank them")
+    parser.add_argument(
+        "--search", type=int, metavar="N", help="compile the N most promising layouts, rank them"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--record", action="store_true", help="put the answer into docs/pods.*")
     parser.add_argument("--check", action="store_true", help="fail where docs/pods.json was better")
+    parser.add_argument(
+        "--outdated",
+        action="store_true",
+        help="cells that docs/pods.json lacks, or of old programs",
+    )
+    parser.add_argument("--fill", action="store_true", help="compile and record these, all of them")
     args = parser.parse_args()
     ledgered = args.record or args.check
+    if not (args.outdated or args.fill) and (args.size is None or args.stage is None):
+        parser.error("--size and --stage say what to plan; --outdated and --fill need neither")
     if args.slice is None and (args.search or args.quick or ledgered):
         parser.error("--search, --quick, --record and --check compile: say for which --slice")
     if args.quick and (args.search or ledgered):
         parser.error("--search, --record and --check want times, which --quick does not give")
-    if args.search and ledgered:
-        parser.error("--record and --check take one layout, not all that --search tries")
+    if args.search is not None and (ledgered or args.search < 1):
+        parser.error("--search N takes N >= 1 layouts, of which --record and --check take none")
     return args
 
 
+def laid_out(stage: config.Stage, size: str, where: chips.Slice, settings: list[str]):
+    """The stage with the recipe's layout for a slice, or else one that fits by arithmetic."""
+    known = code_llama.layouts(stage, size).get(str(where))
+    layout = known or (None if settings else arithmetic.least(stage, where)) or stage.layout
+    stage = dataclasses.replace(stage, layout=layout)
+    return launch.changed({stage.name: stage}, settings)[stage.name]
+
+
+# -- without a slice -----------------------------------------------------------------------------
+def plan_without_slice(stage: config.Stage, args) -> None:
+    """Says what is known of a stage, and plans the smallest slice that fits."""
+    known = [row for row in ledger.read(DOCS) if is_of(row, args.size, stage)]
+    rows = survey(stage)
+    proposed = propose(known, rows)
+    config.check(proposed is not None, f"no slice fits {stage.name}: {args.size} needs more chips")
+    if not args.json:
+        print(surveyed(stage, known, rows))
+        print(f"\nthe smallest that fits{' and is compiled' * bool(known)}: {proposed}\n")
+    where = chips.Slice.parse(proposed)
+    report = plan.plan(laid_out(stage, args.size, where, args.set), where)
+    if args.json:
+        print(json.dumps({"compiled": known, "arithmetic": rows, "plan": report}, indent=1))
+    else:
+        print(plan.table(report))
+
+
+def is_of(row: dict, size: str, stage: config.Stage) -> bool:
+    return (row["size"], row["stage"]) == (size, stage.name)
+
+
 def survey(stage: config.Stage) -> list[dict]:
-    """For each chip its slices by arithmetic, and the smallest that fits."""
+    """For each chip its slices by arithmetic, everything recomputed, and the smallest that fits."""
     rows = []
     for chip in chips.CHIPS.values():
-        fits = plan.smallest(stage, chip)
+        fits = arithmetic.smallest(stage, chip)
         for where in chips.known(chip):
-            needs = plan.by_arithmetic(stage, where)
+            layout = arithmetic.least(stage, where)
+            made = layout and dataclasses.replace(stage, layout=layout)
             rows.append(
                 {
                     "slice": str(where),
                     "chips": where.chips,
-                    "needs_gib": round(needs[0], 1) if needs else None,
-                    "tensor": needs[1] if needs else None,
+                    "needs_gib": round(arithmetic.gib(made, where), 1) if made else None,
                     "has_gib": chip.hbm_gib,
+                    "days": round(arithmetic.days(stage, where, USUAL_MFU), 1),
+                    "layout": " ".join(plan.as_fields(layout)) if layout else None,
                     "smallest": where == fits,
                 }
             )
     return rows
 
 
-def surveyed(stage: config.Stage) -> str:
-    lines = [f"{stage.name}: GiB a device by arithmetic, not compiled; give one by --slice", ""]
-    for row in survey(stage):
-        start = f"{row['slice']:>14} {row['chips']:6} chips "
-        if row["needs_gib"] is None:
-            lines.append(f"{start} {stage.data.rows_per_batch} rows do not divide")
-            continue
-        mark = "   <- smallest that fits" if row["smallest"] else ""
+def propose(known: list[dict], rows: list[dict]) -> str | None:
+    """The smallest slice of the ledger; without one the smallest by arithmetic of v5e, v5p, v6e."""
+    if known:
+        return min(known, key=lambda row: chips.Slice.parse(row["slice"]).chips)["slice"]
+    fits = [row for row in rows if row["smallest"] and row["slice"].startswith(("v5", "v6"))]
+    return min(fits, key=lambda row: row["chips"])["slice"] if fits else None
+
+
+def surveyed(stage: config.Stage, known: list[dict], rows: list[dict]) -> str:
+    lines = [
+        f"{stage.name}: {stage.steps:,} steps of {stage.data.rows_per_batch:,} rows of "
+        f"{stage.data.seq_len:,}",
+        "",
+        f"compiled, in docs/pods.json{'' if known else ': none'}",
+    ]
+    for row in known:
         lines.append(
-            f"{start}{row['needs_gib']:8.1f} of {row['has_gib']:5.2f} with tensor "
-            f"{row['tensor']}{mark}"
+            f"{row['slice']:>14}  {row['peak_gib']:6.2f} of {row['limit_gib']:5.2f} GiB  "
+            f"{row['step_seconds']:7.2f} s a step  MFU {row['mfu']:.1%}  "
+            f"{row['stage_days']:8,.1f} days  {row['stage_chip_hours']:9,} chip-hours"
         )
+    lines += ["", f"by arithmetic, everything recomputed; days at an MFU of {USUAL_MFU:.0%}"]
+    for chip in chips.CHIPS:
+        of_chip = [row for row in rows if row["slice"].startswith(f"{chip}:")]
+        first = next((i for i, row in enumerate(of_chip) if row["smallest"]), None)
+        if first is None:
+            lines.append(f"{chip:>14}  no slice fits")
+            continue
+        for row in of_chip[first : first + 1] + of_chip[-1:]:
+            lines.append(
+                f"{row['slice']:>14}  {row['needs_gib'] or 0:6.1f}  of {row['has_gib']:5.2f} GiB  "
+                f"{row['days']:10,.1f} days  {row['layout'] or 'rows do not divide'}"
+            )
     return "\n".join(lines)
 
 
-def search(stage: config.Stage, where: chips.Slice, quiet: bool) -> list[dict]:
-    """Every candidate layout, the fastest first; then those that do not fit."""
+# -- search --------------------------------------------------------------------------------------
+def search(stage: config.Stage, where: chips.Slice, most: int, quiet: bool) -> list[dict]:
+    """The most promising layouts compiled, the fastest first; then those that do not fit."""
     found = []
-    for layout in plan.candidates(stage, where):
+    for layout in arithmetic.candidates(stage, where)[:most]:
         fields = " ".join(plan.as_fields(layout))
         try:
             report = plan.plan(dataclasses.replace(stage, layout=layout), where)
@@ -140,6 +212,38 @@ def one_line(report: dict) -> str:
         f"{time['step_seconds']:8.3f} s {time['mfu']:6.1%} {memory['peak']:6.2f} GiB  "
         f"{report['fields']}"
     )
+
+
+# -- the whole ledger ----------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A layout of the recipe that the ledger lacks (why: missing), or has of an older program."""
+
+    size: str
+    stage: config.Stage
+    where: chips.Slice
+    why: str
+
+    def record(self) -> None:
+        """Compiles it in a process of its own: the compiler keeps what it took."""
+        cell = ["--size", self.size, "--stage", self.stage.name, "--slice", str(self.where)]
+        subprocess.run([sys.executable, __file__, *cell, "--record"])
+
+
+def outdated() -> list[Cell]:
+    """The cells of the recipe to be compiled. Lowers each program, which takes seconds."""
+    found = []
+    for size in config.SIZES:
+        for stage in code_llama.stages(size).values():
+            for text, layout in code_llama.layouts(stage, size).items():
+                where = chips.Slice.parse(text)
+                row = ledger.find(DOCS, size, stage, text, layout)
+                made = plan.canonical(dataclasses.replace(stage, layout=layout))
+                if row is None:
+                    found.append(Cell(size, stage, where, "missing"))
+                elif row.get("program") != plan.program(made, where, {}, plan.cache_folder())[0]:
+                    found.append(Cell(size, stage, where, "other program"))
+    return found
 
 
 if __name__ == "__main__":
