@@ -75,7 +75,7 @@ def test_a_row_is_what_is_read_back(segments, padding, dtype):
     "changes",
     [
         {},
-        {"attend_across_documents": True},
+        {"attend_across_documents": True, "already": {"code": 100_000}},
         {"mix": {"dialogues": 0.9, "code": 0.1}, "seq_len": 200, "batch_tokens": 800},
     ],
 )

@@ -112,6 +112,83 @@ def test_shares_are_exact_to_a_row(shares):
             assert rows[first : first + 100].count(number) == pytest.approx(100 * share, abs=2)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(1, 100), min_size=1, max_size=6),
+    st.integers(2, 4_096),
+    st.integers(1_000, 10**6),
+)
+def test_realised_shares_are_within_a_thousandth_from_1_000_steps_on(weights, rows, steps):
+    shares = [weight / sum(weights) for weight in weights]
+    counts = mix.Schedule(shares).counts(steps * rows)
+    for count, share in zip(counts, shares, strict=True):
+        assert abs(count / (steps * rows) - share) <= 1e-3
+
+
+MIXES = st.dictionaries(
+    st.sampled_from(["code", "python", "code_language", "language"]),
+    st.integers(1, 20),
+    min_size=1,
+).map(lambda weights: {name: w / sum(weights.values()) for name, w in weights.items()})
+
+
+def mixture_of(data):
+    folder, tokenizer = corpus_fixture.prepared().folder, corpus_fixture.tokenizer()
+    return mix.open_mixture(data, folder, tokenizer)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(MIXES, st.integers(1, 40)), min_size=2, max_size=4))
+def test_a_change_of_mix_between_stages_loses_nothing_and_repeats_nothing(stages):
+    places, already, one = {}, {}, None
+    for weights, steps in stages:
+        known = {name: count for name, count in already.items() if name in weights}
+        data = corpus_fixture.data(mix=weights, already=known, infilling_rate=0.5)
+        one = mixture_of(data)
+        for k in range(steps * data.rows_per_batch):
+            number, own_index = one.place(k)
+            places.setdefault(one.rows[number].name, []).append(own_index)
+        already |= mix.read_by(data, steps)
+    for name, own in places.items():  # every row from the first on, once, in order
+        assert own == list(range(len(own))) and already[name] == len(own) * 64
+
+
+def test_a_stage_reads_on_where_the_one_before_has_stopped():
+    before = corpus_fixture.data(mix={"code": 0.7, "language": 0.3})
+    after = corpus_fixture.data(
+        mix={"code": 1.0}, already={"code": mix.read_by(before, 30)["code"]}
+    )
+    rows = [
+        row for batch in read(before, steps=30) for row in batch["tokens"][batch["corpus"] == 0]
+    ]
+    rows += [row for batch in read(after, steps=20) for row in batch["tokens"]]
+    alone = read(corpus_fixture.data(mix={"code": 1.0}), steps=50)
+    expected = [row for batch in alone for row in batch["tokens"]]
+    assert (np.array(rows) == np.array(expected[: len(rows)])).all()
+
+
+def test_tokens_read_before_are_of_a_corpus_of_the_mix():
+    with pytest.raises(ValueError, match="must name corpora of the mix"):
+        corpus_fixture.data(already={"rust": 5})
+
+
+@settings(max_examples=15, deadline=None)
+@given(MIXES, st.integers(1, 60), st.integers(0, 40_000))
+def test_epochs_are_those_of_the_rows_that_are_read(weights, steps, already):
+    already = {name: already for name in weights}
+    data = corpus_fixture.data(mix=weights, already=already, infilling_rate=0.5)
+    one = mixture_of(data)
+    read_rows = [[] for _ in one.rows]
+    for k in range(steps * data.rows_per_batch):
+        number, own_index = one.place(k)
+        read_rows[number].append(own_index)
+    epochs = one.epochs(steps)
+    for rows, own in zip(one.rows, read_rows, strict=True):
+        assert epochs[rows.name] == pytest.approx(len(own) / rows.rows_per_epoch)
+        for index in own[-1:]:
+            assert rows.describe(index)[0].epoch == index // rows.rows_per_epoch
+
+
 def test_epochs_are_counted():
     folder, tokenizer = corpus_fixture.prepared().folder, corpus_fixture.tokenizer()
     data = corpus_fixture.data()
@@ -206,7 +283,11 @@ def test_the_row_of_the_stage_is_found_from_that_of_its_corpus(weights, k):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"mix": {"dialogues": 0.9, "code": 0.1}, "seq_len": 200, "batch_tokens": 800}],
+    [
+        {},
+        {"mix": {"dialogues": 0.9, "code": 0.1}, "seq_len": 200, "batch_tokens": 800},
+        {"already": {"code": 100_000}},
+    ],
 )
 def test_a_file_is_found_at_exactly_the_steps_that_read_it(changes):
     data = corpus_fixture.data(**changes)

@@ -11,7 +11,7 @@
 --step rebuilds a batch. Per row: corpus, epoch, and for each document where it is from, which of
 its tokens stand in the row, and how it was infilled (the characters where its middle begins and
 ends); --text adds the text with its control tokens shown. --find says at which steps a file was
-read, and --plan what a stage will read: documents, tokens, epochs, days.
+read, and --plan what a stage will read: documents, tokens, from which epoch to which, days.
 """
 
 import argparse
@@ -136,12 +136,21 @@ def plan(mixture, steps: int, tokens_per_second: float | None) -> None:
     epochs = mixture.epochs(steps)
     total = steps * data.batch_tokens
     print(f"{steps:,} steps of {data.batch_tokens:,} tokens: {total:,} tokens")
-    print(f"{'corpus':16}{'documents':>13}{'tokens':>17}{'read':>17}{'share':>9}{'epochs':>9}")
-    for rows, count in zip(mixture.rows, counts, strict=True):
-        lengths = rows.documents.lengths
+    titles = (
+        ("documents", 13),
+        ("tokens", 17),
+        ("read", 17),
+        ("share", 9),
+        ("from", 9),
+        ("epochs", 9),
+    )
+    print(f"{'corpus':16}" + "".join(f"{title:>{width}}" for title, width in titles))
+    for number, (rows, count) in enumerate(zip(mixture.rows, counts, strict=True)):
+        lengths, began = rows.documents.lengths, mixture.first(number) / rows.rows_per_epoch
         print(
             f"{rows.name:16}{len(lengths):13,}{int(lengths.sum(dtype='int64')):17,}"
-            f"{count * data.seq_len:17,}{count / sum(counts):9.3%}{epochs[rows.name]:9.3f}"
+            f"{count * data.seq_len:17,}{count / sum(counts):9.3%}{began:9.3f}"
+            f"{began + epochs[rows.name]:9.3f}"
         )
     if tokens_per_second:
         print(f"{total / tokens_per_second / 86_400:.2f} days at {tokens_per_second:,.0f} tokens/s")

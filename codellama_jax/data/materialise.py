@@ -24,11 +24,12 @@ SHARD_TOKENS = 32 * 1024**2
 
 @dataclass(frozen=True)
 class Job:
-    """What is written: rows 0 .. counts[name]-1 of every corpus, cut into shards."""
+    """What is written: of every corpus counts[name] rows from firsts[name] on, cut into shards."""
 
     data: config.Data
     corpus_dir: str
     tokenizer: str
+    firsts: dict[str, int]
     counts: dict[str, int]
 
     @property
@@ -36,7 +37,7 @@ class Job:
         return Path(self.corpus_dir) / self.data.rows
 
     def shards(self) -> list[tuple[str, str, int, int]]:
-        """(file, corpus, first row, last row + 1) of every shard."""
+        """(file, corpus, first row, last row + 1) of every shard; rows from firsts[corpus] on."""
         step = max(SHARD_TOKENS // self.data.seq_len, 1)
         return [
             (f"{name}-{first // step:05d}.array_record", name, first, min(first + step, count))
@@ -70,9 +71,10 @@ def prepare(
         rows.name: min(count, epochs * rows.rows_per_epoch)
         for rows, count in zip(mixture.rows, reads, strict=True)
     }
-    job = Job(data, str(corpus_dir), str(tokenizer.path), counts)
+    firsts = {rows.name: mixture.first(number) for number, rows in enumerate(mixture.rows)}
+    job = Job(data, str(corpus_dir), str(tokenizer.path), firsts, counts)
     of = ahead.depends_on(data, corpus.open(corpus_dir, tokenizer), tokenizer)
-    asked = {"of": of, "rows": counts}
+    asked = {"of": of, "rows": {n: [firsts[n], firsts[n] + counts[n]] for n in counts}}
     _claim(job.folder, asked)
     done = ahead.read_json(job.folder / "manifest.json")
     return done or _finish(job, asked, _write_shards(job, workers, progress))
@@ -132,7 +134,7 @@ def _write_shard(job: Job, shard: tuple[str, str, int, int]) -> dict:
         writer = corpus.Writer(temporary)
         try:
             for index in range(first, last):
-                row = rows.row(index)
+                row = rows.row(job.firsts[name] + index)
                 record = ahead.encode(row, dtype)
                 again = ahead.decode(record, dtype, job.data.seq_len + 1)
                 assert all((row[key] == again[key]).all() for key in row), (name, index)
@@ -168,6 +170,7 @@ def _finish(job: Job, asked: dict, files: dict[str, dict]) -> dict:
     dtype = _dtype(job.tokenizer).str
     corpora = {
         name: {
+            "first": job.firsts[name],
             "rows": count,
             "dtype": dtype,
             "files": [file for file, of, _, _ in job.shards() if of == name],

@@ -41,9 +41,19 @@ class Mixture:
     schedule: "Schedule"
     written: list[ahead.Ahead | None]  # by corpus id: rows tokenized ahead
 
+    def place(self, index: int) -> tuple[int, int]:
+        """The corpus of row `index` of the stage, and which of its rows that is."""
+        number, own_index = self.schedule[index]
+        return number, self.first(number) + own_index
+
+    def first(self, number: int) -> int:
+        """The row of a corpus that the stage begins with, behind those that were read before."""
+        already = int(self.data.already.get(self.rows[number].name, 0))
+        return -(-already // self.data.seq_len)
+
     def row(self, index: int) -> Row:
         """Row `index` of the stage, with the id of its corpus."""
-        number, own_index = self.schedule[index]
+        number, own_index = self.place(index)
         written = self.written[number]
         row = written.row(own_index) if written else None
         if row is None:
@@ -54,7 +64,7 @@ class Mixture:
 
     def describe(self, index: int) -> tuple[str, list[Piece]]:
         """The corpus of row `index` and the documents in it."""
-        number, own_index = self.schedule[index]
+        number, own_index = self.place(index)
         return self.rows[number].name, self.rows[number].describe(own_index)
 
     def steps_of(self, path: str, steps: int) -> list[tuple[int, int, str, int]]:
@@ -62,16 +72,17 @@ class Mixture:
         found = []
         counts = self.schedule.counts(steps * self.data.rows_per_batch)
         for number, (rows, count) in enumerate(zip(self.rows, counts, strict=True)):
+            first, end = self.first(number), self.first(number) + count
             for document in rows.documents.find(path) if count else []:
-                for epoch in range(-(-count // rows.rows_per_epoch)):
+                for epoch in range(first // rows.rows_per_epoch, -(-end // rows.rows_per_epoch)):
                     for own_index in rows.rows_of(epoch, document):
-                        if own_index < count:
-                            k = self.schedule.find(number, own_index)
+                        if first <= own_index < end:
+                            k = self.schedule.find(number, own_index - first)
                             found.append((*divmod(k, self.data.rows_per_batch), rows.name, epoch))
         return sorted(set(found))
 
     def epochs(self, steps: int) -> dict[str, float]:
-        """How often each corpus is read in `steps`."""
+        """How often each corpus is read in `steps`, what was read before not counted."""
         counts = self.schedule.counts(steps * self.data.rows_per_batch)
         return {
             rows.name: count / rows.rows_per_epoch
@@ -116,6 +127,20 @@ class Schedule:
         before, after = self.counts(k), self.counts(k + 1)
         number = next(n for n, count in enumerate(after) if count > before[n])
         return number, before[number]
+
+
+def read_by(data: config.Data, steps: int) -> dict[str, int]:
+    """Tokens of each corpus that a stage has read after `steps`, and those before it.
+
+    For the next stage, so that each corpus goes on where this one leaves it:
+    replace(data, mix=..., already=...), of the corpora of its mix. To the row where both have the
+    same seq_len; else to about a thousand documents, for rows of another length lie otherwise.
+    """
+    counts = Schedule([data.mix[name] for name in names(data)]).counts(steps * data.rows_per_batch)
+    return {
+        name: int(data.already.get(name, 0)) + count * data.seq_len
+        for name, count in zip(names(data), counts, strict=True)
+    }
 
 
 def open_mixture(data: config.Data, corpus_dir: str | Path, tokenizer) -> Mixture:
