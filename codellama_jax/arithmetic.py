@@ -3,7 +3,6 @@
 Bytes come within a fifth of the compiler's (tests/test_plan.py), seconds only order layouts.
 """
 
-import math
 from dataclasses import replace
 
 from codellama_jax import chips, config
@@ -154,8 +153,3 @@ def days(stage: config.Stage, where: chips.Slice, mfu: float) -> float:
     """Days of a stage at a share of the peak."""
     flops = stage.tokens * stage.model.flops_per_token(stage.data.seq_len)
     return flops / (mfu * where.chip.peak_tflops * 1e12 * where.chips) / 86_400
-
-
-def more_devices(stage: config.Stage, where: chips.Slice) -> int:
-    """Devices a row must be split over, so that all of the slice have rows."""
-    return where.devices // math.gcd(stage.data.rows_per_batch, where.devices)

@@ -120,7 +120,13 @@ class Slice:
             options["chips_per_host_bounds"] = (1, 1, 1)
         shape = "x".join(str(size) for size in self.shape)
         name = f"{self.chip.name}:{shape}"
-        made = topologies.get_topology_desc(topology_name=name, platform="tpu", **options)
+        try:
+            made = topologies.get_topology_desc(topology_name=name, platform="tpu", **options)
+        except Exception as error:  # jaxlib's own kind
+            shapes = ", ".join(FLAT if self.chip.dims == 2 else CUBES)
+            raise ValueError(
+                f"the compiler knows no slice {name}; there are {self.chip.name}:A for A in {shapes}"
+            ) from error
         check(
             len(made.devices) == self.devices,
             f"{self} should have {self.devices} devices, the compiler says {len(made.devices)}",

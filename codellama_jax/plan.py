@@ -133,12 +133,17 @@ def abstract_batch(stage: config.Stage, mesh) -> dict:
 
 
 def check_rows(stage: config.Stage, where: chips.Slice, ways: int) -> None:
-    rows = stage.data.rows_per_batch // stage.layout.microbatches
-    most = math.gcd(stage.data.rows_per_batch, where.devices)
+    """Raises ValueError when the rows of a microbatch do not divide, with a layout whose do."""
+    rows = stage.data.rows_per_batch
+    if rows % ways == 0:
+        hint = f"layout.microbatches={rows // ways}"
+    else:
+        split = where.devices // math.gcd(rows, where.devices)
+        hint = f"layout.microbatches=1 and layout.context={split}"
     check(
-        rows % ways == 0,
-        f"{rows} rows per microbatch do not divide among data * fsdp = {ways} devices; with "
-        f"layout.microbatches=1 and layout.tensor={where.devices // most} they would on {where}",
+        rows % (stage.layout.microbatches * ways) == 0,
+        f"{rows // stage.layout.microbatches} rows per microbatch do not divide among "
+        f"data * fsdp = {ways} devices of {where}; with {hint} they would",
     )
 
 

@@ -335,8 +335,10 @@ def test_a_stage_that_does_not_fit_is_told_what_would(tmp_path, monkeypatch):
 
 def test_rows_that_do_not_divide_are_refused():
     stage = replace(CODE_7B, layout=config.Layout(microbatches=8))
-    with pytest.raises(ValueError, match="128 rows per microbatch do not divide.*256"):
+    with pytest.raises(ValueError, match="128 rows per microbatch.*256.*microbatches=4 they"):
         plan.check_rows(stage, V5E, 256)
+    with pytest.raises(ValueError, match="64 rows.*microbatches=1 and layout.context=4 they"):
+        plan.check_rows(code_llama.stages("34b")["long_context"], V5E, 256)
 
 
 def test_the_same_question_is_answered_without_asking_again(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ r"""What a stage needs on TPUs: bytes, seconds, chip-hours. Compiles the real st
     python tools/plan_pod.py --size 7b --stage code --slice v5e:16x16     one slice, compiled
     python tools/plan_pod.py --size 34b --stage code --slice v5p:4x4x8 --set layout.tensor=2
     python tools/plan_pod.py --size 7b --stage code --slice v5e:16x16 --search 6
+    python tools/plan_pod.py --size 34b --slice v5e:2x4 --generate 1 --context 100000
     python tools/plan_pod.py --outdated                                   rows of other programs
     python tools/plan_pod.py --fill                                       compiles and records them
 
@@ -23,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a clone that is not installed
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from codellama_jax import arithmetic, chips, config, launch, ledger, plan
+from codellama_jax import arithmetic, chips, config, launch, ledger, plan, plan_decode
 from recipes import code_llama
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -34,28 +35,36 @@ def main() -> None:
     args = arguments()
     with launch.refusals():
         if args.outdated or args.fill:
-            missing = outdated()
-            for cell in missing:
-                print(f"{cell.why:<12}{cell.size:>4} {cell.stage.name} on {cell.where}", flush=True)
-                if args.fill:
-                    cell.record()
-            return
-        stage = launch.pick(code_llama.stages(args.size), args.stage, args.size)
-        if args.slice is None:
+            fill(args.fill)
+        elif args.generate:
+            where, model = chips.Slice.parse(args.slice), config.SIZES[args.size]
+            found = plan_decode.plan_generation(
+                model, where, args.generate, args.context, quick=args.quick
+            )
+            show(found, plan_decode.table, args.json)
+        elif args.slice is None:
+            stage = launch.pick(code_llama.stages(args.size), args.stage, args.size)
             plan_without_slice(stage, args)
-            return
-        where = chips.Slice.parse(args.slice)
-        stage = laid_out(stage, args.size, where, args.set)
-        if args.search:
-            found = search(stage, where, args.search, args.json)
-            print(json.dumps(found, indent=1) if args.json else ranking(found))
-            return
-        report = plan.plan(stage, where, quick=args.quick)
-        if args.record:
-            ledger.record(DOCS, ledger.row(args.size, report))
-        print(json.dumps(report, indent=1) if args.json else plan.table(report))
-        if args.check:
-            print(ledger.compare(DOCS, ledger.row(args.size, report)), file=sys.stderr)
+        else:
+            plan_slice(chips.Slice.parse(args.slice), args)
+
+
+def plan_slice(where: chips.Slice, args) -> None:
+    stage = launch.pick(code_llama.stages(args.size), args.stage, args.size)
+    stage = laid_out(stage, args.size, where, args.set)
+    if args.search:
+        show(search(stage, where, args.search, args.json), ranking, args.json)
+        return
+    report = plan.plan(stage, where, quick=args.quick)
+    if args.record:
+        ledger.record(DOCS, ledger.row(args.size, report))
+    show(report, plan.table, args.json)
+    if args.check:
+        print(ledger.compare(DOCS, ledger.row(args.size, report)), file=sys.stderr)
+
+
+def show(found, table, as_json: bool) -> None:
+    print(json.dumps(found, indent=1) if as_json else table(found))
 
 
 def arguments():
@@ -74,6 +83,10 @@ def arguments():
     parser.add_argument(
         "--search", type=int, metavar="N", help="compile the N most promising layouts, rank them"
     )
+    parser.add_argument(
+        "--generate", type=int, metavar="ROWS", help="reading and continuing so many prompts"
+    )
+    parser.add_argument("--context", type=int, metavar="TOKENS", help="of each prompt")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--record", action="store_true", help="put the answer into docs/pods.*")
     parser.add_argument("--check", action="store_true", help="fail where docs/pods.json was better")
@@ -85,8 +98,13 @@ def arguments():
     parser.add_argument("--fill", action="store_true", help="compile and record these, all of them")
     args = parser.parse_args()
     ledgered = args.record or args.check
-    if not (args.outdated or args.fill) and (args.size is None or args.stage is None):
+    what = args.size and (args.stage or args.generate)
+    if not (args.outdated or args.fill or what):
         parser.error("--size and --stage say what to plan; --outdated and --fill need neither")
+    if (args.generate is None) != (args.context is None) or args.generate and not args.slice:
+        parser.error("--generate ROWS wants --context TOKENS and a --slice")
+    if args.generate and (args.stage or args.set or args.search or ledgered):
+        parser.error("--generate takes no stage, and none of --set, --search, --record, --check")
     if args.slice is None and (args.search or args.quick or ledgered):
         parser.error("--search, --quick, --record and --check compile: say for which --slice")
     if args.quick and (args.search or ledgered):
@@ -228,6 +246,14 @@ class Cell:
         """Compiles it in a process of its own: the compiler keeps what it took."""
         cell = ["--size", self.size, "--stage", self.stage.name, "--slice", str(self.where)]
         subprocess.run([sys.executable, __file__, *cell, "--record"])
+
+
+def fill(compiles: bool) -> None:
+    """Names the cells that the ledger lacks; compiles and records them, one after another."""
+    for cell in outdated():
+        print(f"{cell.why:<14}{cell.size:>4} {cell.stage.name} on {cell.where}", flush=True)
+        if compiles:
+            cell.record()
 
 
 def outdated() -> list[Cell]:
