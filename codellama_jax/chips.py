@@ -125,7 +125,7 @@ class Slice:
         except Exception as error:  # jaxlib's own kind
             shapes = ", ".join(FLAT if self.chip.dims == 2 else CUBES)
             raise ValueError(
-                f"the compiler knows no slice {name}; there are {self.chip.name}:A for A in {shapes}"
+                f"the compiler knows no slice {name}; {self.chip.name} comes as {shapes}"
             ) from error
         check(
             len(made.devices) == self.devices,
