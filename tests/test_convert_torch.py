@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from convert_fixture import DTYPES, GQA, MHA, leaves, random_params, write
 
+import codellama_jax
 from codellama_jax import convert, prompts
 from codellama_jax.convert import huggingface, pth, table, weights
 from codellama_jax.tokenizer import Tokenizer, train
@@ -126,3 +127,18 @@ def test_transformers_own_files_are_read(tmp_path):
     assert model == GQA
     norm = leaves(params)[("norm",)]
     assert bits(llama.model.norm.weight.detach()) == norm.tobytes()
+
+
+def test_what_was_imported_and_exported_tells_the_same_story_in_transformers(tmp_path, material):
+    transformers = pytest.importorskip("transformers")
+    source, ours = ("hf", material / "hf_stories260K"), ("orbax", tmp_path / "workdir/stories")
+    tokenizer = material / "tok512.model"
+    convert.convert(source, ours, tokenizer=tokenizer, verify=True, say=lambda line: None)
+    convert.convert(ours, ("hf", tmp_path / "exported"), verify=True, say=lambda line: None)
+    told = codellama_jax.load(ours[1]).complete("Once upon a time", max_new_tokens=60)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    llama = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    ids = torch.tensor([theirs("Once upon a time")["input_ids"]])
+    out = llama.generate(ids, max_new_tokens=60, do_sample=False)
+    whole = theirs.decode(out[0], skip_special_tokens=True)
+    assert whole == "Once upon a time" + told and len(told) > 100
