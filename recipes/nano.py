@@ -32,6 +32,7 @@ CODE_MIX = {"code": 0.60, "code_files": 0.25, "code_language": 0.08, "language":
 PYTHON_MIX = {"python_files": 0.75, "code": 0.10, "code_language": 0.10, "language": 0.05}
 TOKENIZER_TEXTS = ["code", "code_language", "language"]
 FUNCTION_CHARS = 400  # longest function-sized document: most fit a row whole
+HELDOUT_RATE = 0.04  # share of files held out
 
 
 def stages(vocab_size: int = VOCAB_SIZE) -> dict[str, Stage]:
@@ -183,28 +184,34 @@ def use_cpu() -> None:
 def prepare(workdir: Path, code_dirs: list[str], tokenizer_file: str | None):
     """The tokenizer and the corpus of the run; made once, then found."""
     from codellama_jax import tokenizer
-    from codellama_jax.data import corpus, gather
+    from codellama_jax.data import pipeline, sources
+    from codellama_jax.data.inputs import Input
 
-    request = gather.Request(code_dirs=tuple(code_dirs), function_chars=FUNCTION_CHARS)
-    path, gathered = workdir / "tokenizer.model", None
-    given = tokenizer.Tokenizer(tokenizer_file) if tokenizer_file else None
-    if not (workdir / "corpus" / "manifest.json").exists():
-        print("Reading and cleaning the corpus (about 10 s)", flush=True)
-        gathered = gather.gather(request)
-        if given is None and not path.exists():
-            tokenizer.train(gather.training_texts(gathered, TOKENIZER_TEXTS), VOCAB_SIZE, path)
-    if given is not None:
+    library = (Input(sources.THIS_PYTHON),)
+    given = tuple(Input(folder) for folder in code_dirs)
+    request = pipeline.Request(
+        inputs=given or library,
+        fill=library if given else (),
+        function_chars=FUNCTION_CHARS,
+        heldout_rate=HELDOUT_RATE,
+    )
+    path, folder = workdir / "tokenizer.model", workdir / "corpus"
+    theirs = tokenizer.Tokenizer(tokenizer_file) if tokenizer_file else None
+    if not (folder / "manifest.json").exists():
+        print("Reading and cleaning the corpus (about 15 s)", flush=True)
+        if theirs is None and not path.exists():
+            texts = pipeline.training_texts(folder, request, TOKENIZER_TEXTS)
+            tokenizer.train(texts, VOCAB_SIZE, path)
+    if theirs is not None:
         if path.exists():
             check(
-                tokenizer.Tokenizer(path).fingerprint == given.fingerprint,
+                tokenizer.Tokenizer(path).fingerprint == theirs.fingerprint,
                 f"{workdir} was made with another tokenizer than {tokenizer_file}; "
                 "use another --workdir",
             )
-        launch.copy_file(given.path, path)
+        launch.copy_file(theirs.path, path)
     made = tokenizer.Tokenizer(path)
-    if gathered is not None:
-        print("Counting its tokens and writing it (about 10 s)", flush=True)
-    prepared = corpus.prepare(workdir / "corpus", made, request, gathered=gathered)
+    prepared = pipeline.prepare(folder, made, request)
     counts = [
         f"{name} {entry['train']['tokens'] / 1e6:.1f} M"
         for name, entry in prepared.manifest["corpora"].items()

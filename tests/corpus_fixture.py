@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 
 from codellama_jax import config
-from codellama_jax.data import corpus, gather
+from codellama_jax.data import corpus, pipeline
+from codellama_jax.data.inputs import Input
 from codellama_jax.tokenizer import Tokenizer, train
 
 VERBS = "read write open close parse print count merge split move find drop keep fold walk".split()
@@ -40,32 +41,34 @@ def tree() -> Path:
     return write_tree(new_folder())
 
 
+def request(**changes) -> pipeline.Request:
+    options = {"inputs": (Input(str(tree())),), "heldout_rate": 0.1, "function_chars": 300}
+    return pipeline.Request(**options | changes)
+
+
 @functools.cache
-def gathered() -> gather.Gathered:
-    return gather.gather(request())
-
-
-def request() -> gather.Request:
-    return gather.Request(code_dirs=(str(tree()),), heldout_rate=0.1, function_chars=300)
+def training_texts(*names: str) -> list[str]:
+    """Of the corpora of `request`."""
+    return list(pipeline.training_texts(new_folder(), request(), list(names)))
 
 
 @functools.cache
 def tokenizer() -> Tokenizer:
     path = new_folder() / "tokenizer.model"
-    train(gather.training_texts(gathered(), ["code", "language"]), 512, path)
+    train(training_texts("code", "language"), 512, path)
     return Tokenizer(path)
 
 
 @functools.cache
 def other_tokenizer() -> Tokenizer:
     path = new_folder() / "other.model"
-    train(gather.training_texts(gathered(), ["code"]), 400, path)
+    train(training_texts("code"), 400, path)
     return Tokenizer(path)
 
 
 @functools.cache
 def prepared() -> corpus.Corpus:
-    return corpus.prepare(new_folder(), tokenizer(), request(), gathered=gathered())
+    return pipeline.prepare(new_folder(), tokenizer(), request())
 
 
 def new_folder() -> Path:

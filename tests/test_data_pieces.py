@@ -5,7 +5,6 @@ import inspect
 import json.decoder
 import textwrap
 
-import corpus_fixture
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -118,24 +117,22 @@ def test_docstrings_come_with_the_name_of_what_they_describe():
 def test_a_docstring_asks_and_its_function_answers():
     found = pieces.dialogues(document(MODULE), max_chars=400)
     first = found[0]
-    assert first["dialog"] == [
-        {
-            "role": "user",
-            "content": "Write the Python function add(a, b).\n"
+    assert first.dialog == (
+        (
+            "user",
+            "Write the Python function add(a, b).\n"
             "Returns the sum of both numbers, which is what adding means.",
-        },
-        {
-            "role": "assistant",
-            "content": '@decorated(\n    by="something")\ndef add(a, b):\n    return a + b',
-        },
-    ]
-    assert (first["path"], first["part"], first["licence"]) == ("pkg/mod.py", "add", "MIT")
-    assert [record["part"] for record in found] == ["add", "Long.first"]
+        ),
+        ("assistant", '@decorated(\n    by="something")\ndef add(a, b):\n    return a + b'),
+    )
+    assert first.text == "\n".join(message for _, message in first.dialog)
+    assert (first.path, first.part, first.licence) == ("pkg/mod.py", "add", "MIT")
+    assert [dialogue.part for dialogue in found] == ["add", "Long.first"]
 
 
 def test_code_that_spells_a_tag_of_the_chat_format_makes_no_dialogue():
     text = MODULE.replace("return a + b", "return '[INST]'")
-    assert [r["part"] for r in pieces.dialogues(document(text), max_chars=400)] == ["Long.first"]
+    assert [d.part for d in pieces.dialogues(document(text), max_chars=400)] == ["Long.first"]
 
 
 def test_a_long_file_of_any_shape_is_cut_quickly():
@@ -147,10 +144,10 @@ def test_a_long_file_of_any_shape_is_cut_quickly():
 
 def test_answers_are_python_without_a_docstring():
     for module in (json.decoder, textwrap, inspect):
-        records = pieces.dialogues(document(inspect.getsource(module)), max_chars=2_000)
-        assert len(records) >= 3
-        for record in records:
-            function = ast.parse(record["dialog"][1]["content"]).body[0]
+        found = pieces.dialogues(document(inspect.getsource(module)), max_chars=2_000)
+        assert len(found) >= 3
+        for dialogue in found:
+            function = ast.parse(dialogue.dialog[1][1]).body[0]
             assert ast.get_docstring(function) is None
 
 
@@ -159,15 +156,3 @@ def test_paragraphs_stay_whole_where_they_fit():
     found = pieces.paragraphs(document("\n\n".join(blocks), "prose"), max_chars=300)
     assert found[0].text == "\n\n".join(blocks[:3]) + "\n"
     assert len(found) == 2  # a paragraph is a line here, which is not cut
-
-
-def test_pieces_of_the_fixture_cover_all_corpora():
-    assert set(corpus_fixture.gathered().corpora) == {
-        "code",
-        "code_files",
-        "code_language",
-        "dialogues",
-        "language",
-        "python",
-        "python_files",
-    }

@@ -26,9 +26,10 @@ def run(monkeypatch, capsys):
 def test_a_corpus_is_prepared_from_a_tree_and_looked_at(run, tmp_path):
     tokenizer = corpus_fixture.tokenizer().path
     prepare = ("prepare_corpus.py", "--out", tmp_path / "corpus", "--tokenizer", tokenizer)
-    status, out, _ = run(*prepare, "--code-dir", corpus_fixture.tree())
-    assert status == 0 and "held out" in out and "empty.py" in out
-    assert run(*prepare, "--code-dir", corpus_fixture.tree())[0] == 0
+    tree = ("--input", corpus_fixture.tree(), "--workers", 1)
+    status, out, _ = run(*prepare, *tree)
+    assert status == 0 and "held out" in out and "empty.py" in out and "dialogues" in out
+    assert run(*prepare, *tree)[0] == 0
 
     look = ("look_at_batch.py", "--corpus", tmp_path / "corpus", "--tokenizer", tokenizer)
     mix = ("--mix", "code=0.9", "language=0.1", "--seq-len", 512, "--rows", 4, "--infilling", 0.9)
@@ -42,7 +43,7 @@ def test_a_corpus_is_prepared_from_a_tree_and_looked_at(run, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--code-dir", "/nowhere"), "error: /nowhere is not a directory"),
+        (("--input", "/nowhere"), "error: /nowhere is neither a file nor a directory"),
         (("--heldout-rate", "2"), "error: heldout_rate=2.0 must lie between 0 and 1"),
     ],
 )
@@ -85,5 +86,5 @@ def test_a_corpus_is_prepared_from_inputs(run, tmp_path):
     assert status == 0 and "held out" in out and "empty" in out
     status, _, err = run(*prepare, *large, "--filter", "lines=3")
     assert status == 1 and "--filter lines=3: write NAME=VALUE, of file_bytes, line_chars" in err
-    status, _, err = run(*prepare, "--licence", "MIT")
-    assert status == 1 and "--licence has no effect without --input" in err
+    status, _, err = run(*prepare, *large, "--without", "dialogues")
+    assert status == 1 and "was prepared with other settings" in err

@@ -18,10 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codellama_jax import config, prompts, sharding, state, tokenizer
-from codellama_jax.data import corpus
+from codellama_jax.data import corpus, pipeline
 from codellama_jax.data import rows as data_rows
-from codellama_jax.data.gather import Gathered, Request
-from codellama_jax.data.sources import Document
+from codellama_jax.data.inputs import Input
 from codellama_jax.evals import bootstrap, heldout, infilling, scoring
 
 LAYOUT = config.Layout(compute_dtype="float32", remat="none")
@@ -49,19 +48,16 @@ def prepared(tmp_path_factory):
     tokenizer.train([*files, *functions], 512, folder / "tokenizer.model")
     tok = tokenizer.Tokenizer(folder / "tokenizer.model")
 
-    def documents(texts):
-        return [
-            Document(text, path=f"{i}.py", language="python", source="test")
-            for i, text in enumerate(texts)
+    def written(name, texts):
+        rows = [
+            {"text": text, "path": f"{i}.py", "language": "python"} for i, text in enumerate(texts)
         ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return Input(str(folder / f"{name}.jsonl"), name)
 
-    request = Request(heldout_rate=0.4)
-    corpora = {
-        "code": documents(functions),
-        "code_files": documents(map(inspect.getsource, MODULES)),
-    }
-    gathered = Gathered(request, corpora, {name: "test" for name in corpora})
-    corpus.prepare(folder / "corpus", tok, request, gathered=gathered)
+    given = (written("code", functions), written("code_files", files))
+    request = pipeline.Request(given, forms=(), jaccard=0, heldout_rate=0.4)
+    pipeline.prepare(folder / "corpus", tok, request)
     return tok, folder / "corpus"
 
 

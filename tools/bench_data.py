@@ -11,6 +11,7 @@ duplicates: recall on planted near-duplicates of similarity 0.85, false removals
 """
 
 import argparse
+import json
 import random
 import sys
 import tempfile
@@ -159,7 +160,7 @@ def duplicates(args: argparse.Namespace) -> None:
     """A quarter each: originals, near-duplicates at 0.85, at 0.6, and unrelated documents."""
     import numpy as np
 
-    from codellama_jax.data import clean
+    from codellama_jax.data import clean, duplicates, inputs, pipeline
 
     rng, count = random.Random(0), max(args.documents // 4, 1)
     words = [f"word{i}" for i in range(20_000)]
@@ -172,11 +173,19 @@ def duplicates(args: argparse.Namespace) -> None:
     hashes, starts = clean.shingle_hashes(texts[:50] + texts[count : count + 50])
     sets = [np.unique(hashes[a:b]) for a, b in zip(starts[:-1], starts[1:], strict=True)]
     alike = np.mean([clean.jaccard(a, b) for a, b in zip(sets[:50], sets[50:], strict=False)])
-    began = time.process_time()
-    roots = np.array(clean.near_duplicates(texts, 0.8))
-    seconds = time.process_time() - began
-    recall = np.mean(roots[count : 2 * count] == np.arange(count))
-    wrong = np.mean(roots[2 * count :] != np.arange(2 * count, 4 * count))
+    with tempfile.TemporaryDirectory() as folder:
+        lines = [json.dumps({"text": text, "path": f"{n}.txt"}) for n, text in enumerate(texts)]
+        (Path(folder) / "texts.jsonl").write_text("\n".join(lines))
+        given = (inputs.Input(f"{folder}/texts.jsonl"),)
+        began = time.process_time()
+        asked = pipeline.Request(given, mask_private=False)
+        made = pipeline.clean_documents(Path(folder) / "out", asked, workers=1)
+        found = duplicates.of_unit(made, "read", 0)
+        seconds = time.process_time() - began
+    pairs = {tuple(sorted((place, kept))) for place, (_, kept) in found.items()}
+    recall = sum((n, count + n) in pairs for n in range(count)) / count
+    gone = np.array(sorted(found))
+    wrong = np.mean(np.isin(np.arange(2 * count, 4 * count), gone))
     print(f"{len(texts):,} documents, planted near-duplicates of similarity {alike:.3f}")
     print(
         f"recall {recall:.2%}, false removals {wrong:.2%}, {len(texts) / seconds:,.0f} docs/s/core"

@@ -1,4 +1,4 @@
-"""Duplicates out: exact ones by hash, near ones by MinHash, one of each cluster kept.
+"""What makes two texts near-duplicates, and how they are found: by MinHash.
 
 Two documents are near-duplicates when the sets of their runs of five words have a Jaccard
 similarity of at least the threshold (0.8). MinHash sketches, banded, find the candidates; the
@@ -8,12 +8,9 @@ joins a cluster.
 
 import re
 import zlib
-from collections import defaultdict
 from itertools import chain
 
 import numpy as np
-
-from codellama_jax.data.sources import Document, Tally
 
 NUM_PERM, BANDS = 128, 16  # finds 99% of pairs at similarity 0.85, 94% at 0.8
 SHINGLE_WORDS = 5
@@ -21,54 +18,21 @@ SEED = 42
 LARGE_BUCKET = 32  # beyond it only neighbours and the first are compared
 
 
-def without_duplicates(
-    documents: list[Document], *, threshold: float, tally: Tally
-) -> list[Document]:
-    """Leaves one document of every cluster of duplicates: the longest, of these the first."""
-    seen: set[str] = set()
-    different = []
-    for document in documents:
-        if document.text in seen:
-            _count(tally, "exact duplicate", document)
-        else:
-            seen.add(document.text)
-            different.append(document)
-    clusters = defaultdict(list)
-    for number, root in enumerate(near_duplicates([d.text for d in different], threshold)):
-        clusters[root].append(number)
-    kept = {max(group, key=lambda i: (len(different[i].text), -i)) for group in clusters.values()}
-    for number, document in enumerate(different):
-        if number not in kept:
-            _count(tally, f"near-duplicate (Jaccard {threshold:g})", document)
-    return [different[number] for number in sorted(kept)]
+class Clusters:
+    """Union-find over numbers; a cluster's name is the smallest of its numbers."""
 
+    def __init__(self):
+        self._root: dict[int, int] = {}
 
-def near_duplicates(texts: list[str], threshold: float) -> list[int]:
-    """For each text the number of its cluster's first text."""
-    if not texts:
-        return []
-    hashes, starts = shingle_hashes(texts)
-    marks = sketches(hashes, starts)
-    root = list(range(len(texts)))
-
-    def find(i: int) -> int:
-        while root[i] != i:
-            root[i] = root[root[i]]
-            i = root[i]
+    def find(self, i: int) -> int:
+        while (above := self._root.get(i, i)) != i:
+            self._root[i] = self._root.get(above, above)
+            i = self._root[i]
         return i
 
-    sets: dict[int, np.ndarray] = {}
-
-    def shingles(i: int) -> np.ndarray:
-        if i not in sets:
-            sets[i] = np.unique(hashes[starts[i] : starts[i + 1]])
-        return sets[i]
-
-    for a, b in _candidates(marks):
-        a_root, b_root = find(a), find(b)
-        if a_root != b_root and jaccard(shingles(a), shingles(b)) >= threshold:
-            root[max(a_root, b_root)] = min(a_root, b_root)
-    return [find(i) for i in range(len(texts))]
+    def join(self, a: int, b: int) -> None:
+        a, b = sorted((self.find(a), self.find(b)))
+        self._root[b] = a
 
 
 def shingle_hashes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -118,11 +82,14 @@ def sketches(hashes: np.ndarray, starts: np.ndarray) -> np.ndarray:
     return np.array(matrix.to_rows(), np.uint32)
 
 
-def _candidates(sketches: np.ndarray):
-    """Pairs whose sketches agree in all of some band."""
-    for band in np.split(sketches, BANDS, axis=1):
-        keys = np.ascontiguousarray(band).view(np.dtype((np.void, band.shape[1] * 4))).ravel()
-        yield from bucket_pairs(keys)
+def band_keys(sketches: np.ndarray) -> np.ndarray:
+    """A hash of each band of each sketch: uint64 [documents, bands]."""
+    rows = sketches.reshape(len(sketches), BANDS, -1).astype(np.uint64)
+    keys = np.zeros(rows.shape[:2], np.uint64)
+    for place in range(rows.shape[2]):
+        keys = (keys ^ rows[:, :, place]) * np.uint64(0x9E3779B97F4A7C15)
+        keys ^= keys >> np.uint64(32)
+    return keys
 
 
 def bucket_pairs(keys: np.ndarray):
@@ -145,6 +112,7 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
     return common / (len(a) + len(b) - common)
 
 
-def _count(tally: Tally, reason: str, document: Document) -> None:
-    name = f"{document.path} {document.part}".strip()
-    tally.add(reason, name, len(document.text.encode()))
+def similar(a: np.ndarray, b: np.ndarray, threshold: float) -> bool:
+    """Whether two sets of shingles, sorted, have at least this Jaccard similarity."""
+    few, many = sorted((len(a), len(b)))
+    return few >= threshold * many and jaccard(a, b) >= threshold

@@ -10,28 +10,34 @@ renamed. Which documents are held out depends on the path of their file alone: a
 go together, in every corpus, and none is ever trained on.
 """
 
-import functools
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from codellama_jax import prompts
-from codellama_jax.data import tokens
-from codellama_jax.data.gather import Gathered, Request, file_of, gather, heldout_files
-
 FORMAT = 1  # of the folder; a change makes older folders unreadable
-SHARD_BYTES = 256 * 1024**2
 SPLITS = ("train", "heldout")
-PACKAGES = ("codellama_jax", "array_record", "rensa", "sentencepiece")  # that decide its bytes
-Progress = Callable[[str, int, int], None]  # name of the corpus, documents so far, of how many
-REPORT_EVERY = 500  # documents
+NAMES = (  # of the corpora that preparing knows of; an input may name others
+    "code",
+    "python",
+    "code_files",
+    "python_files",
+    "code_language",
+    "language",
+    "dialogues",
+)
+PACKAGES = (  # that decide its bytes
+    "codellama_jax",
+    "array_record",
+    "rensa",
+    "sentencepiece",
+    "detect_secrets",
+)
 
 
 class Split:
@@ -108,144 +114,7 @@ class Corpus:
             yield from (split.record(i)["text"] for i in range(len(split)))
 
 
-# -- preparing --------------------------------------------------------------------------------
-
-
-def prepare(
-    folder: str | Path,
-    tokenizer,
-    request: Request | None = None,
-    *,
-    gathered: Gathered | None = None,
-    progress: Progress | None = None,
-) -> Corpus:
-    """Writes the corpora of `request` to `folder`, or opens them where that is already done.
-
-    gathered: what gather(request) returned, where the caller already has it.
-    Raises ValueError if the folder holds a corpus made from another request, other files or for
-    another tokenizer.
-    """
-    folder = Path(folder)
-    request = request or (gathered.request if gathered else Request())
-    if gathered and gathered.request != request:
-        raise ValueError("the documents handed over were gathered for another request")
-    asked = {"request": request.fingerprint(), "tokenizer": tokenizer.fingerprint}
-    if (folder / "manifest.json").exists():
-        corpus = open(folder, tokenizer)
-        if corpus.manifest["asked"] != asked:
-            raise ValueError(
-                f"{folder} was prepared with other settings, or its source files have changed "
-                "since; delete it or choose another folder"
-            )
-        return corpus
-    gathered = gathered or gather(request)
-    folder.mkdir(parents=True, exist_ok=True)
-    held_out = heldout_files(gathered)
-    measure = _Measure(tokenizer)
-    corpora = {}
-    for name in gathered.corpora:
-        corpora[name] = _write_corpus(folder, name, gathered, held_out, measure, progress)
-    manifest = {
-        "format": FORMAT,
-        "asked": asked,
-        "settings": asdict(request),
-        "versions": {name: version(name) for name in PACKAGES},
-        "corpora": corpora,
-        "removed": gathered.tally.removed,
-        "files": {
-            path.relative_to(folder).as_posix(): checksum(path)
-            for name in corpora
-            for path in sorted((folder / name).iterdir())
-        },
-    }
-    write(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
-    return open(folder, tokenizer)
-
-
-def _write_corpus(
-    folder: Path, name: str, gathered: Gathered, held_out: set, measure: "_Measure", progress
-) -> dict:
-    """Writes both splits of one corpus; returns its entry of the manifest."""
-    (folder / name).mkdir(exist_ok=True)
-    for left in (folder / name).iterdir():  # of a run that was killed
-        left.unlink()
-    documents = gathered.corpora[name]
-    splits: dict[str, list[dict]] = {"train": [], "heldout": []}
-    for document in documents:
-        which = "heldout" if file_of(document) in held_out else "train"
-        splits[which].append(document if isinstance(document, dict) else asdict(document))
-    kind = "dialogues" if isinstance(documents[0], dict) else "documents"
-    entry = {"kind": kind, "origin": gathered.origin[name]}
-    done = itertools.count(1)
-
-    def tell() -> None:
-        count = next(done)
-        if progress and (count % REPORT_EVERY == 0 or count == len(documents)):
-            progress(name, count, len(documents))
-
-    for which, chosen in splits.items():
-        entry[which] = _write_split(folder, f"{name}/{which}", chosen, measure, tell)
-    return entry
-
-
-def _write_split(folder: Path, stem: str, records: list[dict], measure: "_Measure", tell) -> dict:
-    lengths, languages, lines = [], {}, []
-    for record in records:
-        length, size = measure(record)
-        lengths.append(length)
-        entry = languages.setdefault(record["language"], {"documents": 0, "bytes": 0, "tokens": 0})
-        for key, value in (("documents", 1), ("bytes", size), ("tokens", length)):
-            entry[key] += value
-        lines.append(json.dumps(record, ensure_ascii=False).encode())
-        tell()
-    shards = _shards(lines)
-    names = [f"{stem}-{n:05d}-of-{len(shards):05d}.array_record" for n in range(len(shards))]
-    for file, shard in zip(names, shards, strict=True):
-        write_shard(folder / file, shard)
-    temporary = folder / f"{stem}.lengths.tmp.npy"
-    np.save(temporary, np.array(lengths, np.uint32))
-    os.replace(temporary, folder / f"{stem}.lengths.npy")
-    totals = {
-        key: sum(entry[key] for entry in languages.values())
-        for key in ("documents", "bytes", "tokens")
-    }
-    return {
-        **totals,
-        "languages": dict(sorted(languages.items())),
-        "records": names,
-        "lengths": f"{stem}.lengths.npy",
-    }
-
-
-class _Measure:
-    """Counts tokens; those of a text that stands in several corpora once."""
-
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
-        self._count = functools.cache(lambda text: tokens.count(tokenizer, text))
-
-    def __call__(self, record: dict) -> tuple[int, int]:
-        """Tokens and bytes of a record; notes the tokens of a long text's chunks in it."""
-        if "dialog" in record:
-            text = "".join(message["content"] for message in record["dialog"])
-            ids, _ = prompts.chat_example(self._tokenizer, record["dialog"])
-            return len(ids), len(text.encode())
-        counts = self._count(record["text"])
-        if len(counts) > 1:
-            record["chunk_tokens"] = counts
-        return sum(counts) + 2, len(record["text"].encode())
-
-
-def _shards(lines: list[bytes]) -> list[list[bytes]]:
-    """Splits records into shards of about 256 MB; at least one."""
-    shards, size = [[]], 0
-    for line in lines:
-        if size and size + len(line) > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(line)
-        size += len(line)
-    return shards
+# -- writing ----------------------------------------------------------------------------------
 
 
 def write_shard(path: Path, lines: list[bytes]) -> None:
@@ -283,6 +152,13 @@ def record_source(files: list[str]):
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     return ArrayRecordDataSource(files)
+
+
+def reader(path: Path):
+    """Reads many records of one file at a time; to be closed."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    return ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
 
 
 def path_hash(path: str) -> int:

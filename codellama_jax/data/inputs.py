@@ -1,6 +1,7 @@
 """Where a large corpus comes from: files of many formats, cut into units that workers read alone.
 
     a directory of source files          units of whole files
+    "this Python"                        units of the files that came with it
     .jsonl, .json, .ndjson               byte ranges; .gz and .zst are one unit each
     .parquet                             row groups
     .array_record, JSON records          record ranges
@@ -14,7 +15,7 @@ import gzip
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from codellama_jax.data import sources
@@ -46,6 +47,7 @@ class Fields:
     """Names that a record's fields may have; the first that is there counts."""
 
     text: tuple[str, ...] = ("text", "content", "code")
+    dialog: tuple[str, ...] = ("dialog", "messages")  # [{"role", "content"}, ...] instead of text
     path: tuple[str, ...] = ("path", "file_path", "max_stars_repo_path", "url", "id")
     language: tuple[str, ...] = ("language", "lang", "programming_language")
     licence: tuple[str, ...] = ("licence", "license", "detected_licenses", "licenses")
@@ -57,7 +59,7 @@ class Input:
     """One thing that was named: [CORPUS=]PATH."""
 
     path: str
-    corpus: str = ""  # none: "language" for prose, "code" for the rest
+    corpus: str = ""  # none: "language" for prose, "dialogues", "code" for the rest
 
     @classmethod
     def parse(cls, text: str) -> "Input":
@@ -69,14 +71,16 @@ class Input:
 class Unit:
     """A part of an input that one worker reads."""
 
-    kind: str  # files, json, packed, parquet, array_record, tfds
+    kind: str  # files, topics, json, packed, parquet, array_record, tfds
     path: str
-    corpus: str
+    given: Input
     num_bytes: int  # about
     start: int = 0
     end: int = 0
     files: tuple[str, ...] = field(default=(), repr=False)
+    tree: sources.Tree | None = None  # that these files are from
     split: str = ""  # of a TensorFlow data set
+    fill: bool = False  # only for corpora that other inputs have nothing for
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Left:
     reason: str
     path: str
     num_bytes: int
+    language: str = ""
 
 
 def units(given: Input, *, unit_bytes: int) -> list[Unit]:
@@ -93,11 +98,16 @@ def units(given: Input, *, unit_bytes: int) -> list[Unit]:
 
     Raises ValueError for what is missing, empty, or of an unknown format.
     """
+    if given.path == sources.THIS_PYTHON:
+        topics = Unit(
+            "topics", given.path, given, sum(len(d.text) for d in sources.python_topics())
+        )
+        return [*_tree_units(given, unit_bytes), topics]
     path = Path(given.path)
     if path.is_dir() and not (path / "dataset_info.json").exists():
         data = sorted(p for p in path.iterdir() if _is_data(p))
         if not data:
-            return list(_file_units(path, given, unit_bytes))
+            return list(_tree_units(given, unit_bytes))
         return [unit for p in data for unit in _data_units(p, given, unit_bytes)]
     if path.is_file():
         return list(_data_units(path, given, unit_bytes))
@@ -115,8 +125,24 @@ def read(unit: Unit, fields: Fields, *, file_bytes: int) -> Iterator[Document | 
 
     Raises ValueError where a file is damaged.
     """
+    for item in _read(unit, fields, file_bytes):
+        if isinstance(item, Document):
+            item = replace(item, corpus=unit.given.corpus or _corpus(item))
+        yield item
+
+
+def _corpus(document: Document) -> str:
+    if document.dialog:
+        return "dialogues"
+    return "language" if document.language == "prose" else "code"
+
+
+def _read(unit: Unit, fields: Fields, file_bytes: int) -> Iterator[Document | Left]:
     if unit.kind == "files":
         yield from _read_files(unit, file_bytes)
+        return
+    if unit.kind == "topics":
+        yield from sources.python_topics()
         return
     try:
         for number, record in enumerate(_RECORDS[unit.kind](unit), unit.start):
@@ -125,55 +151,58 @@ def read(unit: Unit, fields: Fields, *, file_bytes: int) -> Iterator[Document | 
         raise ValueError(f"{unit.path} cannot be read: {error}") from None
 
 
-def fingerprint(given: Input) -> list:
-    """Names, sizes and times of everything below an input: they tell a change."""
-    path = Path(given.path)
-    if path.is_file():
-        return [str(path), path.stat().st_size, path.stat().st_mtime_ns]
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.is_symlink())
-        return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-    return [given.path]
+def fingerprint(units: list[Unit]) -> list:
+    """Names, sizes and times of change of all that is read: they tell a change."""
+    files = {}
+    for unit in units:
+        paths = [unit.tree.root / name for name in unit.files] if unit.tree else [Path(unit.path)]
+        for path in paths:
+            if str(path) not in files and path.is_file():
+                files[str(path)] = [path.stat().st_size, path.stat().st_mtime_ns]
+    return list(files.items())
 
 
 # -- directories of source files --------------------------------------------------------------
 
 
-def _file_units(root: Path, given: Input, unit_bytes: int) -> Iterator[Unit]:
-    files, size, found = [], 0, False
-    for path in sources.source_files(root):
-        found = True
-        files.append(path.relative_to(root).as_posix())
-        size += path.stat().st_size
-        if size >= unit_bytes:
-            yield Unit("files", str(root), given.corpus, size, files=tuple(files))
-            files, size = [], 0
-    if files:
-        yield Unit("files", str(root), given.corpus, size, files=tuple(files))
+def _tree_units(given: Input, unit_bytes: int) -> Iterator[Unit]:
+    found = False
+    for tree in sources.trees(given.path):
+        files, size = [], 0
+        for path in sources.source_files(tree):
+            found = True
+            files.append(path.relative_to(tree.root).as_posix())
+            size += path.stat().st_size
+            if size >= unit_bytes:
+                yield Unit("files", given.path, given, size, files=tuple(files), tree=tree)
+                files, size = [], 0
+        if files:
+            yield Unit("files", given.path, given, size, files=tuple(files), tree=tree)
     if not found:
         raise ValueError(
-            f"{root} has no source file (by ending) and no {', '.join(DATA_ENDINGS)} file"
+            f"{given.path} has no source file (by ending) and no {', '.join(DATA_ENDINGS)} file"
         )
 
 
 def _read_files(unit: Unit, file_bytes: int) -> Iterator[Document | Left]:
-    root = Path(unit.path)
-    source = root.resolve().name
+    tree = unit.tree
     for name in unit.files:
-        path = root / name
+        path = tree.root / name
         shown = name.encode(errors="replace").decode()
+        language = sources.LANGUAGES[path.suffix.lower()]
+        size = 0
         try:
             size = path.stat().st_size
             if file_bytes and size > file_bytes:
-                yield Left(f"larger than {file_bytes:,} bytes", shown, size)
+                yield Left(f"larger than {file_bytes:,} bytes", shown, size, language)
                 continue
             text = path.read_bytes().decode("utf-8")
         except OSError:
-            yield Left("unreadable", shown, 0)
+            yield Left("unreadable", shown, size, language)
         except UnicodeDecodeError:
-            yield Left("not UTF-8", shown, size)
+            yield Left("not UTF-8", shown, size, language)
         else:
-            yield Document(text, shown, sources.LANGUAGES[path.suffix.lower()], source)
+            yield Document(text, shown, language, tree.source, tree.licence)
 
 
 # -- records ----------------------------------------------------------------------------------
@@ -183,11 +212,11 @@ def _data_units(path: Path, given: Input, unit_bytes: int) -> Iterator[Unit]:
     size = path.stat().st_size
     suffix = path.suffix.lower()
     if suffix in PACKED:
-        yield Unit("packed", str(path), given.corpus, size)
+        yield Unit("packed", str(path), given, size)
     elif suffix in JSON_LINES:
         for start in range(0, size, unit_bytes):
             end = min(start + unit_bytes, size)
-            yield Unit("json", str(path), given.corpus, end - start, start, end)
+            yield Unit("json", str(path), given, end - start, start, end)
     elif suffix == ".parquet":
         yield from _parquet_units(path, given, unit_bytes)
     elif suffix in (".array_record", ".arrayrecord"):
@@ -207,7 +236,7 @@ def _ranges(kind: str, path, given: Input, count: int, size: int, unit_bytes: in
     for start in range(0, count, step):
         end = min(start + step, count)
         part = size * (end - start) // count
-        yield Unit(kind, str(path), given.corpus, part, start, end, split=split)
+        yield Unit(kind, str(path), given, part, start, end, split=split)
 
 
 def _parquet_units(path: Path, given: Input, unit_bytes: int) -> Iterator[Unit]:
@@ -216,7 +245,7 @@ def _parquet_units(path: Path, given: Input, unit_bytes: int) -> Iterator[Unit]:
     for group in range(metadata.num_row_groups):
         size += metadata.row_group(group).total_byte_size
         if size >= unit_bytes or group == metadata.num_row_groups - 1:
-            yield Unit("parquet", str(path), given.corpus, size, start, group + 1)
+            yield Unit("parquet", str(path), given, size, start, group + 1)
             start, size = group + 1, 0
 
 
@@ -299,7 +328,8 @@ def _document(record: dict | bytes, unit: Unit, number: int, fields: Fields) -> 
     if isinstance(record, bytes):
         return Left("not a JSON record", name, len(record))
     path = str(_text(_first(record, fields.path)) or name)
-    raw = _first(record, fields.text)
+    dialog = _dialog(_first(record, fields.dialog))
+    raw = "\n".join(message for _, message in dialog) or _first(record, fields.text)
     if not isinstance(raw, str | bytes):
         return Left(f"no text under {' or '.join(fields.text)}", path, 0)
     try:
@@ -314,7 +344,16 @@ def _document(record: dict | bytes, unit: Unit, number: int, fields: Fields) -> 
     licence = " AND ".join(map(str, licence)) if isinstance(licence, list) else _text(licence)
     source = _text(_first(record, fields.source)) or Path(unit.path).name
     shown = path.encode(errors="replace").decode()
-    return Document(text, shown, language, str(source), str(licence or "unknown"))
+    licence = str(licence or "unknown")
+    return Document(text, shown, language, str(source), licence, dialog=dialog)
+
+
+def _dialog(messages) -> tuple[tuple[str, str], ...]:
+    """(role, message) of a record's dialogue; none where it is not written as one."""
+    try:
+        return tuple((str(_text(m["role"])), str(_text(m["content"]))) for m in messages or ())
+    except (TypeError, KeyError):
+        return ()
 
 
 def _first(record: dict, names: tuple[str, ...]):
@@ -354,5 +393,5 @@ def _tfds_builder(name: str):
     except (ValueError, OSError, tfds.core.registered.DatasetNotFoundError) as error:
         first = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"{name} is neither a file, a directory nor a TensorFlow data set ({first})"
+            f"{name} is neither a file nor a directory, nor a TensorFlow data set ({first})"
         ) from None

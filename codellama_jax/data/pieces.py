@@ -53,32 +53,20 @@ def docstrings(document: Document, *, max_chars: int) -> list[Document]:
     ]
 
 
-def dialogues(document: Document, *, max_chars: int) -> list[dict]:
-    """One dialogue per function with a docstring: the docstring asks, the function answers.
-
-    Returns records {"dialog": [{"role", "content"}, ...], path, part, language, source, licence}.
-    """
-    records = []
+def dialogues(document: Document, *, max_chars: int) -> list[Document]:
+    """One dialogue per function with a docstring: the docstring asks, the function answers."""
+    found = []
     for definition in _definitions(document):
         summary = definition.docstring.split("\n\n")[0].strip()
         if definition.body is None or len(summary) < 20 or len(definition.body) > max_chars:
             continue
         question = f"Write the Python function {definition.signature}.\n{summary}"
-        if any(tag in question + definition.body for tag in prompts.TAGS):
+        text = f"{question}\n{definition.body}"
+        if any(tag in text for tag in prompts.TAGS):
             continue  # code of a chat program, which chat formats cannot hold
-        dialog = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": definition.body},
-        ]
-        about = {
-            "path": document.path,
-            "part": definition.name,
-            "language": document.language,
-            "source": document.source,
-            "licence": document.licence,
-        }
-        records.append({"dialog": dialog, **about})
-    return records
+        dialog = (("user", question), ("assistant", definition.body))
+        found.append(replace(document, text=text, part=definition.name, dialog=dialog))
+    return found
 
 
 # -- Python -----------------------------------------------------------------------------------

@@ -1,16 +1,23 @@
 """Preparing a corpus of any size: units of the input, read and written by processes of their own.
 
     read        unit -> filtered, masked documents; their digests, bands of sketches, sizes
-    exact       a part of all digests -> which documents equal an earlier one
-    candidates  a band of all sketches, a part of its keys -> pairs that may be near-duplicates
-    compare     the pairs that begin in a unit -> those that are, by their texts
+    exact, candidates, compare        which of all documents are duplicates (duplicates.py)
+    runs, common                      what held-out and training files share (heldout.py)
+    cut         unit -> functions, paragraphs, docstrings, dialogues of the documents that are kept
+    exact, candidates, compare        which of these are duplicates
     write       unit -> shards of what is kept, token counts, checksums
 
 Every task writes a folder below OUT/work under a temporary name and renames it when it is whole, so
 a killed run goes on with the tasks that are missing. Tasks depend on the input and the settings
 alone: any number of workers gives the same bytes. In memory a task holds a block of documents
-(BLOCK_BYTES, or one document) or a part of the keys (request.memory_bytes); the parent process
-holds a few numbers per duplicate and one byte per document.
+(tasks.BLOCK_BYTES, or one document) or a part of the keys (request.memory_bytes); the parent
+process holds a few numbers per duplicate and one byte per document.
+
+    code, python                files, or pieces of the size of functions (function_chars)
+    code_files, python_files    whole files, where the former are pieces
+    code_language               docstrings, and what inputs bring for it
+    language                    prose
+    dialogues                   a docstring asks, its function answers; and what inputs bring
 """
 
 import concurrent.futures
@@ -18,18 +25,26 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shutil
-from collections import Counter
-from dataclasses import asdict, dataclass
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
-from codellama_jax.data import clean, corpus, inputs, tasks
+from codellama_jax.data import (
+    clean,
+    corpus,
+    duplicates,
+    finish,
+    heldout,
+    inputs,
+    job,
+    pieces,
+    tasks,
+)
 from codellama_jax.data.filters import Filters
 
-REMOVED = "removed"  # folder of lists of the documents that were left out
-VIEW = ("python", "code")  # the corpus that is a part of another, as in the paper
+FORMS = ("docstrings", "dialogues")
+Progress = Callable[[str, int, int], None]  # name of the round, done, of how much
 
 
 @dataclass(frozen=True)
@@ -37,8 +52,11 @@ class Request:
     """What a corpus is made of, and how."""
 
     inputs: tuple[inputs.Input, ...]
+    fill: tuple[inputs.Input, ...] = ()  # for the corpora that the inputs have nothing for
     fields: inputs.Fields = inputs.Fields()
     filters: Filters = Filters()
+    function_chars: int = 0  # cut code into functions of at most so many characters, for short rows
+    forms: tuple[str, ...] = FORMS  # what is made of Python's docstrings
     jaccard: float = 0.8  # similarity from which two documents are near-duplicates; 0: only exact
     evaluations: tuple[str, ...] = ()  # JSONL files of evaluation sets, to be kept out
     ngram_words: int = 30  # shared with an evaluation set: words and signs
@@ -51,19 +69,39 @@ class Request:
     def __post_init__(self):
         if not self.inputs:
             raise ValueError("name at least one input")
+        if unknown := set(self.forms) - set(FORMS):
+            raise ValueError(f"forms has {min(unknown)!r}; there are {', '.join(FORMS)}")
+        if self.function_chars and self.function_chars < 2 * pieces.MIN_CHARS:
+            raise ValueError(
+                f"function_chars={self.function_chars} must be at least {2 * pieces.MIN_CHARS}, "
+                "or 0 for whole files"
+            )
         if not 0 < self.heldout_rate < 1:
             raise ValueError(f"heldout_rate={self.heldout_rate} must lie between 0 and 1")
-        if not 0 <= self.jaccard <= 1:
-            raise ValueError(f"jaccard={self.jaccard} must lie between 0 and 1")
+        if self.jaccard and not 0.7 <= self.jaccard <= 1:
+            raise ValueError(
+                f"jaccard={self.jaccard} must lie between 0.7, below which too many pairs are not "
+                "found, and 1; or be 0 for exact duplicates only"
+            )
         if self.ngram_words < 5:
             raise ValueError(f"ngram_words={self.ngram_words} must be at least 5")
         for name in ("unit_bytes", "memory_bytes"):
             if getattr(self, name) < 1_024:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1,024")
 
-    def fingerprint(self) -> str:
+    def units(self) -> tuple[inputs.Unit, ...]:
+        """The parts of all inputs. Raises ValueError for one that cannot be read."""
+        found = [
+            u for given in self.inputs for u in inputs.units(given, unit_bytes=self.unit_bytes)
+        ]
+        for given in self.fill:
+            units = inputs.units(given, unit_bytes=self.unit_bytes)
+            found += [replace(unit, fill=True) for unit in units]
+        return tuple(found)
+
+    def fingerprint(self, units: tuple[inputs.Unit, ...]) -> str:
         """Changes when the settings or the files they name change."""
-        files = [inputs.fingerprint(given) for given in self.inputs]
+        files = [inputs.fingerprint(units)]
         files += [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in self.evaluations]
         return hashlib.sha256(json.dumps([asdict(self), files]).encode()).hexdigest()
 
@@ -74,79 +112,124 @@ def prepare(
     request: Request,
     *,
     workers: int = 1,
-    progress: corpus.Progress | None = None,
+    progress: Progress | None = None,
 ) -> corpus.Corpus:
     """Writes the corpora of `request` to `folder`, goes on where it was left, or opens them.
 
-    progress(task, done, total) in bytes of input, or in tasks. Raises ValueError for inputs that
+    progress(round, done, total) in bytes of input, or in tasks. Raises ValueError for inputs that
     cannot be read, settings other than those of what lies there, and where nothing is left.
     """
     folder = Path(folder)
+    if (folder / "manifest.json").exists():
+        prepared = corpus.open(folder, tokenizer)
+        _same(prepared.manifest["asked"], _asked(request, request.units()), folder)
+        return prepared
+    made = clean_documents(folder, request, workers=workers, progress=progress)
+    path = folder / "work" / "tokenizer.json"
+    _claim(path, {"tokenizer": tokenizer.fingerprint}, folder)
+    _write(path, {"tokenizer": tokenizer.fingerprint, "path": str(tokenizer.path)})
+    with _Pool(made, workers, progress) as pool:
+        pool.run("write", [unit.num_bytes for unit in made.units])
+    asked = _asked(request, made.units) | {"tokenizer": tokenizer.fingerprint}
+    return finish.finish(folder, made, asked, tokenizer)
+
+
+def training_texts(
+    folder: str | Path, request: Request, names: list[str], *, workers: int = 1
+) -> Iterator[str]:
+    """The texts of some corpora that will be trained on: what a tokenizer may be trained on.
+
+    All of `prepare` but the counting of tokens and the writing, with which that goes on.
+    """
+    made = clean_documents(Path(folder), request, workers=workers)
+    for number in range(len(made.units)):
+        for document, held_out in tasks.documents(made, number):
+            if document.corpus in names and not held_out:
+                yield document.text
+
+
+def clean_documents(
+    folder: Path, request: Request, *, workers: int, progress: Progress | None = None
+) -> job.Job:
+    """All rounds up to the last, or those that are missing."""
     for path in request.evaluations:
         if not Path(path).is_file():
             raise ValueError(f"{path}, an evaluation set, is missing")
-    asked = {"request": request.fingerprint(), "tokenizer": tokenizer.fingerprint}
-    if (folder / "manifest.json").exists():
-        prepared = corpus.open(folder, tokenizer)
-        _same(prepared.manifest["asked"], asked, folder)
-        return prepared
-    units = [
-        unit
-        for given in request.inputs
-        for unit in inputs.units(given, unit_bytes=request.unit_bytes)
-    ]
-    job = tasks.Job(str(folder / "work"), request, tuple(units), str(tokenizer.path))
-    _claim(folder, asked)
-    with _Pool(job, workers, progress) as pool:
-        _run(job, pool)
-    return _finish(folder, job, asked, tokenizer)
+    units = request.units()
+    made = job.Job(str(folder / "work"), request, units)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "work").exists():
+        raise ValueError(f"{folder} holds something else; choose another folder")
+    _claim(folder / "work" / "asked.json", _asked(request, units), folder)
+    with _Pool(made, workers, progress) as pool:
+        _run(made, pool)
+    return made
+
+
+def _asked(request: Request, units: tuple[inputs.Unit, ...]) -> dict:
+    return {"request": request.fingerprint(units)}
 
 
 def _same(before: dict, asked: dict, folder: Path) -> None:
-    if before != asked:
+    if any(before.get(name) != value for name, value in asked.items()):
         raise ValueError(
             f"{folder} was prepared with other settings, another tokenizer or from files that have "
             "changed since; delete it or choose another folder"
         )
 
 
-def _claim(folder: Path, asked: dict) -> None:
-    """Notes what the work folder is for, so that it is gone on with for nothing else."""
-    path = folder / "work" / "asked.json"
+def _claim(path: Path, asked: dict, folder: Path) -> None:
+    """Notes what the work is for, so that it is gone on with for nothing else."""
     if path.exists():
         _same(json.loads(path.read_text()), asked, folder)
         return
-    if folder.exists() and any(folder.iterdir()) and not (folder / "work").exists():
-        raise ValueError(f"{folder} holds something else; choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_json(path, asked)
+    _write(path, asked)
 
 
-def _run(job: "tasks.Job", pool: "_Pool") -> None:
-    """All tasks, in five rounds."""
-    sizes = [unit.num_bytes for unit in job.units]
+def _write(path: Path, value: dict) -> None:
+    corpus.write(path, json.dumps(value).encode())
+
+
+def _run(made: job.Job, pool: "_Pool") -> None:
+    """All rounds but the last."""
+    sizes = [unit.num_bytes for unit in made.units]
     pool.run("read", sizes)
-    tasks.whole(job.path("counted"), lambda out: tasks.count(job, out))
-    kept = tasks.offsets(job)[-1]
-    if kept == 0:
-        raise ValueError(f"nothing that can be used was read ({_reasons(job)})")
-    pool.run("exact", [1] * tasks.parts(job, kept))
-    tasks.whole(job.path("gone"), lambda out: tasks.merge_exact(job, out))
-    if job.request.jaccard:
-        pool.run("candidates", [1] * (clean.BANDS * tasks.parts(job, kept)))
-        pool.run("compare", sizes)
-    tasks.whole(job.path("near"), lambda out: tasks.merge_near(job, out))
-    tasks.whole(job.path("heldout"), lambda out: tasks.choose_heldout(job, out))
-    pool.run("write", sizes)
+    _leave_duplicates(made, pool, "read")
+    _merge(made, "heldout", heldout.choose)
+    pool.run("runs", sizes)
+    _merge(made, "all_runs", heldout.merge_runs)
+    pool.run("common", sizes)
+    _merge(made, "all_common", heldout.merge_common)
+    pool.run("cut", [0 if unit.fill else unit.num_bytes for unit in made.units], but=made.fill)
+    if made.fill:  # these need to know what the others have
+        pool.run("cut", sizes)
+    _leave_duplicates(made, pool, "cut")
+
+
+def _leave_duplicates(made: job.Job, pool: "_Pool", table: str) -> None:
+    _merge(made, f"{table}_counted", job.count, table)
+    if table == "read" and made.offsets(table)[-1] == 0:
+        raise ValueError(f"nothing that can be used was read ({finish.reasons(made)})")
+    num_parts = duplicates.parts(made, table)
+    pool.run(f"{table}_exact", [1] * num_parts)
+    _merge(made, f"{table}_gone", duplicates.merge_exact, table)
+    if made.request.jaccard:
+        pool.run(f"{table}_candidates", [1] * (clean.BANDS * num_parts))
+        pool.run(f"{table}_compare", [unit.num_bytes for unit in made.units])
+    _merge(made, f"{table}_near", duplicates.merge_near, table)
+
+
+def _merge(made: job.Job, name: str, merge: Callable, *table: str) -> None:
+    job.whole(made.path(name), lambda out: merge(made, *table, out))
 
 
 class _Pool:
     """Runs the tasks that are not done yet: in processes, or here for one worker."""
 
-    def __init__(self, job: "tasks.Job", workers: int, progress):
+    def __init__(self, made: job.Job, workers: int, progress: Progress | None):
         if workers < 1:
             raise ValueError(f"workers={workers} must be at least 1")
-        self._job, self._workers, self._progress = job, workers, progress
+        self._job, self._workers, self._progress = made, workers, progress
         self._executor = None
 
     def __enter__(self) -> "_Pool":
@@ -156,7 +239,7 @@ class _Pool:
         if self._executor:
             self._executor.shutdown(wait=True, cancel_futures=kind is not None)
 
-    def run(self, name: str, weights: list[int]) -> None:
+    def run(self, name: str, weights: list[int], *, but: frozenset[int] = frozenset()) -> None:
         """Tasks 0 .. len(weights)-1 of a round; weights say how much of the whole each one is."""
         done, total = 0, max(sum(weights), 1)
 
@@ -170,7 +253,7 @@ class _Pool:
         for number in range(len(weights)):
             if self._job.path(name, number).exists():
                 tell(number)
-            else:
+            elif number not in but:
                 waiting.append(number)
         if self._workers == 1 or len(waiting) < 2:
             for number in waiting:
@@ -181,162 +264,27 @@ class _Pool:
             self._executor = concurrent.futures.ProcessPoolExecutor(
                 self._workers,
                 mp_context=multiprocessing.get_context("spawn"),
-                initializer=tasks.receive,
+                initializer=_receive,
                 initargs=(self._job,),
             )
-        futures = {self._executor.submit(tasks.do_received, name, n): n for n in waiting}
+        futures = {self._executor.submit(_do_received, name, n): n for n in waiting}
         for future in concurrent.futures.as_completed(futures):
             future.result()
             tell(futures[future])
 
 
-# -- the end ----------------------------------------------------------------------------------
+def _receive(made: job.Job) -> None:
+    """In a worker process: the job comes once, not with every task."""
+    global _job
+    _job = made
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
 
-def _finish(folder: Path, job: "tasks.Job", asked: dict, tokenizer) -> corpus.Corpus:
-    """Puts the shards in their places and writes the manifest."""
-    results = [tasks.result(job, "write", n) for n in range(len(job.units))]
-    names = sorted({stem.split("/")[0] for result in results for stem in result["splits"]})
-    files, corpora = {}, {}
-    for name in names:
-        (folder / name).mkdir(exist_ok=True)
-        corpora[name] = {"kind": "documents", "origin": _origin(job, name)}
-        for which in corpus.SPLITS:
-            corpora[name][which] = _join(folder, job, results, f"{name}/{which}", files)
-    part, whole = VIEW
-    if whole in corpora and part not in corpora:
-        corpora |= _view(folder, job, results, corpora[whole], files)
-    _keep_lists(folder, job, files)
-    read = [tasks.result(job, "read", n) for n in range(len(job.units))]
-    manifest = {
-        "format": corpus.FORMAT,
-        "asked": asked,
-        "settings": asdict(job.request),
-        "versions": {name: corpus.version(name) for name in (*corpus.PACKAGES, "detect_secrets")},
-        "corpora": corpora,
-        "sources": _sum(result["sources"] for result in results),
-        "removed": _removed(read + results),
-        "masked": dict(sorted(sum((Counter(r["masked"]) for r in read), Counter()).items())),
-        "files": dict(sorted(files.items())),
-    }
-    _write_json(folder / "manifest.json", manifest)
-    shutil.rmtree(folder / "work")
-    return corpus.open(folder, tokenizer)
+def _end_with_the_parent() -> None:
+    """A worker whose parent was killed would wait for its next task for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
-def _join(folder: Path, job: "tasks.Job", results: list, stem: str, files: dict) -> dict:
-    """One split out of the parts that the tasks wrote: shards renamed, numbers joined."""
-    have = [n for n, result in enumerate(results) if stem in result["splits"]]
-    records = [
-        f"{stem}-{i:05d}-of-{max(len(have), 1):05d}.array_record" for i in range(len(have) or 1)
-    ]
-    for number, name in zip(have, records, strict=False):
-        part = job.path("write", number) / stem.replace("/", "-")
-        if part.with_suffix(".array_record").exists():  # else a run before this one moved it
-            os.replace(part.with_suffix(".array_record"), folder / name)
-        files[name] = results[number]["splits"][stem]["file"]
-    if not have:
-        corpus.write_shard(folder / records[0], [])
-        files[records[0]] = corpus.checksum(folder / records[0])
-    entry = {"documents": 0, "bytes": 0, "tokens": 0}
-    languages = _sum(results[n]["splits"][stem]["languages"] for n in have)
-    for key in entry:
-        entry[key] = sum(of[key] for of in languages.values())
-    entry |= {"languages": languages, "records": records}
-    for kind, dtype in (("lengths", np.uint32), ("paths", np.uint64)):
-        entry[kind] = f"{stem}.{kind}.npy"
-        parts = [job.path("write", n) / f"{stem.replace('/', '-')}.{kind}.npy" for n in have]
-        _join_arrays(folder / entry[kind], parts, dtype)
-        files[entry[kind]] = corpus.checksum(folder / entry[kind])
-    return entry
-
-
-def _view(folder: Path, job: "tasks.Job", results: list, whole: dict, files: dict) -> dict:
-    """The Python of the code, as a corpus that points into it: no document is kept twice."""
-    part, of = VIEW
-    view = {"kind": "documents", "origin": f"the {part} of {of}"}
-    for which in corpus.SPLITS:
-        stem, begin, numbers, counts = f"{of}/{which}", 0, [], []
-        for number, result in enumerate(results):
-            if stem in result["splits"]:
-                found = np.load(job.path("write", number) / f"{of}-{which}.{part}.npy")
-                counts.append(found.shape[1])
-                numbers.append(found + np.array([[begin], [0]], np.int64))
-                begin += result["splits"][stem]["documents"]
-        if not sum(counts) and which == "train":
-            return {}
-        index, lengths = np.concatenate([np.zeros((2, 0), np.int64), *numbers], axis=1)
-        (folder / part).mkdir(exist_ok=True)
-        languages = {k: v for k, v in whole[which]["languages"].items() if k == part}
-        totals = languages.get(part, {"documents": 0, "bytes": 0, "tokens": 0})
-        view[which] = {**totals, "languages": languages, "records": whole[which]["records"]}
-        for kind, array in (("index", index), ("lengths", lengths.astype(np.uint32))):
-            view[which][kind] = f"{part}/{which}.{kind}.npy"
-            _save(folder / view[which][kind], array)
-            files[view[which][kind]] = corpus.checksum(folder / view[which][kind])
-    return {part: view}
-
-
-def _join_arrays(path: Path, parts: list[Path], dtype) -> None:
-    """Arrays of numbers, one behind the other, without holding them all."""
-    counts = [len(np.load(part, mmap_mode="r")) for part in parts]
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (sum(counts),)}
-        np.lib.format.write_array_header_1_0(file, header)
-        for part in parts:
-            file.write(np.load(part).astype(dtype).tobytes())
-    os.replace(temporary, path)
-
-
-def _keep_lists(folder: Path, job: "tasks.Job", files: dict) -> None:
-    """removed/: one JSON line per document that was left out, in order of the input."""
-    (folder / REMOVED).mkdir(exist_ok=True)
-    for number in range(len(job.units)):
-        name = f"{REMOVED}/{number:05d}.jsonl"
-        temporary = folder / f"{name}.tmp"
-        with temporary.open("wb") as file:
-            for task in ("read", "write"):
-                file.write((job.path(task, number) / "removed.jsonl").read_bytes())
-        os.replace(temporary, folder / name)
-        files[name] = corpus.checksum(folder / name)
-
-
-def _origin(job: "tasks.Job", name: str) -> str:
-    return ", ".join(dict.fromkeys(g.path for g in job.request.inputs if g.corpus in ("", name)))
-
-
-def _sum(parts) -> dict:
-    """Adds {name: {documents, bytes, tokens}}."""
-    total: dict[str, Counter] = {}
-    for part in parts:
-        for name, counts in part.items():
-            total.setdefault(name, Counter()).update(counts)
-    return {name: dict(total[name]) for name in sorted(total)}
-
-
-def _removed(results: list[dict]) -> dict:
-    total: dict[str, dict] = {}
-    for result in results:
-        for reason, of in result["removed"].items():
-            entry = total.setdefault(reason, {"documents": 0, "bytes": 0, "examples": []})
-            entry["documents"] += of["documents"]
-            entry["bytes"] += of["bytes"]
-            entry["examples"] = (entry["examples"] + of["examples"])[:3]
-    return total
-
-
-def _reasons(job: "tasks.Job") -> str:
-    removed = _removed([tasks.result(job, "read", n) for n in range(len(job.units))])
-    return ", ".join(f"{of['documents']} {why}" for why, of in removed.items()) or "no document"
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.save(file, array)
-    os.replace(temporary, path)
-
-
-def _write_json(path: Path, value: dict) -> None:
-    corpus.write(path, json.dumps(value, indent=1).encode())
+def _do_received(name: str, number: int) -> None:
+    tasks.do(_job, name, number)

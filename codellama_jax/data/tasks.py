@@ -1,80 +1,45 @@
-"""The tasks of pipeline.py: each a function of (job, number) that fills a folder of its own.
+"""The tasks of pipeline.py that read, cut and write documents: functions of (job, number, folder).
 
-A document's number is its place among all that were read and not filtered, in the order of the
-units: `offsets` says where each unit's begin. Columns of numbers lie beside the records of a unit,
-memory-mapped by those who need a part of them.
+read    unit -> filtered, masked documents
+cut     the documents of a unit that are kept -> functions, paragraphs, docstrings, dialogues
+write   both, as far as they are kept -> shards, token counts, checksums
 """
 
 import functools
-import hashlib
 import json
-import multiprocessing
-import os
-import shutil
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from codellama_jax.data import clean, corpus, filters, inputs, overlap, private, shuffle, tokens
-from codellama_jax.data.inputs import Left
-from codellama_jax.data.sources import Document, Tally
+from codellama_jax import prompts
+from codellama_jax.data import (
+    clean,
+    corpus,
+    duplicates,
+    filters,
+    heldout,
+    inputs,
+    overlap,
+    pieces,
+    private,
+    shuffle,
+    tokens,
+)
+from codellama_jax.data.job import Job, Left, Records, Table, whole, write_result
+from codellama_jax.data.sources import Document
 
-BLOCK_DOCUMENTS, BLOCK_BYTES = 256, 8 * 1024**2  # read at once
-COMPARED = 256  # documents whose shingles are kept while comparing
-NEAR = "near-duplicate (Jaccard {:g})"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every task needs to know; request: a pipeline.Request."""
-
-    work: str
-    request: object
-    units: tuple[inputs.Unit, ...]
-    tokenizer: str
-
-    def path(self, name: str, number: int | None = None) -> Path:
-        return Path(self.work) / (name if number is None else f"{name}-{number:05d}")
-
-
-def whole(path: Path, fill: Callable[[Path], None]) -> None:
-    """Makes a folder that is there only once `fill` has filled it."""
-    if path.exists():
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    fill(temporary)
-    os.replace(temporary, path)
+BLOCK_DOCUMENTS, BLOCK_BYTES = 256, 8 * 1024**2  # at once in memory
+WHOLE = 10**9  # characters: longer than any document
+ANSWER_CHARS = 4_000  # longest answer of a dialogue
+MADE = ("code_language", "dialogues")  # corpora of docstrings and of what they ask
+PARTS = {"code": "python", "code_files": "python_files"}  # corpora that are a part of another
 
 
 def do(job: Job, name: str, number: int) -> None:
-    whole(job.path(name, number), lambda out: _TASKS[name](job, number, out))
-
-
-def receive(job: Job) -> None:
-    """In a worker process: the job comes once, not with every task."""
-    global _job
-    _job = job
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
-
-
-def _end_with_the_parent() -> None:
-    """A worker whose parent was killed would wait for its next task for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def do_received(name: str, number: int) -> None:
-    do(_job, name, number)
-
-
-def result(job: Job, name: str, number: int) -> dict:
-    return json.loads((job.path(name, number) / "result.json").read_text())
+    whole(job.path(name, number), lambda out: _TASKS[name](job, number=number, out=out))
 
 
 # -- read -------------------------------------------------------------------------------------
@@ -82,37 +47,26 @@ def result(job: Job, name: str, number: int) -> dict:
 
 def read(job: Job, number: int, out: Path) -> None:
     """Filters and masks the documents of a unit; notes what later tasks compare."""
-    request = job.request
-    left = _Left(out)
-    masked: Counter = Counter()
-    columns: dict[str, list] = {"digest": [], "chars": [], "rank": [], "code": [], "bands": []}
-    stream = inputs.read(job.units[number], request.fields, file_bytes=request.filters.file_bytes)
-    records = corpus.Writer(out / "records")
+    request, unit = job.request, job.units[number]
+    left, masked, table = Left(out), Counter(), Table(out)
+    seen: dict[str, Counter] = {}
+    stream = inputs.read(unit, request.fields, file_bytes=request.filters.file_bytes)
     try:
         for block in _blocks(stream):
             documents = []
             for item in block:
-                reason = item.reason if isinstance(item, Left) else None
+                seen.setdefault(item.language or "unknown", Counter())["documents"] += 1
+                reason = item.reason if isinstance(item, inputs.Left) else None
                 if reason := reason or filters.reason(item, request.filters):
                     left.add(reason, item)
                     continue
-                if request.mask_private:
-                    text, found = private.mask(item.text)
-                    masked += found
-                    item = replace(item, text=text)
-                documents.append(item)
-            for document in _examine(documents, request, left, columns):
-                records.write(json.dumps(asdict(document), ensure_ascii=False).encode())
-    finally:  # its destructor must not find it open
-        records.close()
-    shapes = {"digest": (0, 2), "bands": (0, clean.BANDS)}
-    dtypes = {"chars": np.uint32, "code": bool}
-    for name, blocks in columns.items():
-        empty = np.zeros(shapes.get(name, (0,)), dtypes.get(name, np.uint64))
-        column = np.concatenate([empty, *blocks])
-        np.save(out / f"{name}.npy", np.ascontiguousarray(column.T) if name == "bands" else column)
-    count = sum(map(len, columns["chars"]))
-    left.close({"documents": count, "masked": dict(masked)})
+                documents.append(_masked(item, masked) if request.mask_private else item)
+            documents, bands = _examine(documents, request, left)
+            ranks = [heldout.rank(request.seed, document) for document in documents]
+            table.add(documents, bands, ranks=ranks, last=unit.fill)
+    finally:
+        table.close()
+    write_result(out, table.save() | {"read": seen, "masked": masked} | left.close())
 
 
 def _blocks(stream: Iterator) -> Iterator[list]:
@@ -127,311 +81,183 @@ def _blocks(stream: Iterator) -> Iterator[list]:
         yield block
 
 
-def _examine(documents: list[Document], request, left: "_Left", columns: dict) -> list[Document]:
-    """The documents that share nothing with an evaluation set; their columns are added."""
+def _masked(document: Document, masked: Counter) -> Document:
+    messages = [message for _, message in document.dialog] or [document.text]
+    found = [private.mask(message) for message in messages]
+    for _, counts in found:
+        masked.update(counts)
+    messages = [message for message, _ in found]
+    dialog = tuple((role, m) for (role, _), m in zip(document.dialog, messages, strict=False))
+    return replace(document, text="\n".join(messages), dialog=dialog)
+
+
+def _examine(documents: list[Document], request, left: Left) -> tuple[list[Document], np.ndarray]:
+    """The documents that share nothing with an evaluation set, and the bands of their sketches."""
     if not documents:
-        return []
-    texts = [document.text for document in documents]
-    words, sizes = clean.word_hashes(texts, least=clean.SHINGLE_WORDS)
+        return [], np.zeros((0, clean.BANDS), np.uint64)
+    words, sizes = clean.word_hashes([d.text for d in documents], least=clean.SHINGLE_WORDS)
+    found = np.full(len(documents), -1)
     if request.evaluations:
         sets = overlap.load(request.evaluations, request.ngram_words)
         runs, inside = clean.run_hashes(words, sizes, request.ngram_words)
         found = overlap.find(runs, inside, sizes, sets)
-    else:
-        found = np.full(len(documents), -1)
     for document, number in zip(documents, found, strict=True):
         if number >= 0:
             left.add(f"shares text with {Path(request.evaluations[number]).name}", document)
     kept = np.flatnonzero(found < 0)
+    bands = np.zeros((len(documents), clean.BANDS), np.uint64)
     if request.jaccard:
         shingles, inside = clean.run_hashes(words, sizes, clean.SHINGLE_WORDS)
         starts = np.concatenate([[0], np.cumsum(sizes - (clean.SHINGLE_WORDS - 1))])
-        bands = _band_keys(clean.sketches(shingles[inside], starts))[kept]
+        bands = clean.band_keys(clean.sketches(shingles[inside], starts))
+    return [documents[i] for i in kept], bands[kept]
+
+
+# -- cut --------------------------------------------------------------------------------------
+
+
+def cut(job: Job, number: int, out: Path) -> None:
+    """The forms that are made of a unit's documents, and in which corpora it has something."""
+    request, fill = job.request, job.units[number].fill
+    table, corpora = Table(out), set()
+    taken = _taken(job) if fill else frozenset()
+
+    def made() -> Iterator[Document]:
+        for document in _kept(job, "read", number):
+            if (whole_file := _file(document, request, taken)) is not None:
+                corpora.update(_names(whole_file))
+            yield from _pieces(document, request, taken)
+
+    try:
+        for documents in _blocks(made()):
+            corpora.update(name for document in documents for name in _names(document))
+            _, bands = _examine(documents, replace(request, evaluations=()), None)
+            salts = [shuffle.hash64(d.corpus) if d.corpus in MADE else 0 for d in documents]
+            ranks = np.array([heldout.rank(request.seed, d) for d in documents], np.uint64)
+            last = heldout.of_ranks(job, ranks)
+            table.add(documents, bands, ranks=ranks, last=last, salts=salts)
+    finally:
+        table.close()
+    write_result(out, table.save() | {"has": sorted(corpora)})
+
+
+def _kept(job: Job, table: str, unit: int) -> Iterator[Document]:
+    places = np.flatnonzero(duplicates.kept(job, table, unit))
+    yield from Records(job, table).of_unit(unit, places)
+
+
+def _taken(job: Job) -> frozenset[str]:
+    """The corpora that inputs other than those that only fill have something for."""
+    units = [n for n, unit in enumerate(job.units) if not unit.fill]
+    return frozenset(name for n in units for name in job.result("cut", n)["has"])
+
+
+def _names(document: Document) -> tuple[str, ...]:
+    """The corpora that a document is in."""
+    part = PARTS.get(document.corpus)
+    is_part = part and document.language == "python"
+    return (document.corpus, part) if is_part else (document.corpus,)
+
+
+def _file(document: Document, request, taken: frozenset[str]) -> Document | None:
+    """The whole document in its corpus; None where it goes into none."""
+    if request.function_chars and not document.dialog:
+        if not filters.is_code(document):
+            return None  # cut into paragraphs
+        document = replace(document, corpus=f"{document.corpus}_files")
+    return _where_free(document, taken)
+
+
+def _where_free(document: Document, taken: frozenset[str]) -> Document | None:
+    free = [name for name in _names(document) if name not in taken]
+    return replace(document, corpus=free[0]) if free else None
+
+
+def _pieces(document: Document, request, taken: frozenset[str]) -> Iterator[Document]:
+    if document.dialog:
+        return
+    size = request.function_chars or WHOLE
+    if request.function_chars:
+        make = pieces.functions if filters.is_code(document) else pieces.paragraphs
+        found = make(document, max_chars=size)
     else:
-        bands = np.zeros((len(kept), clean.BANDS), np.uint64)
-    documents = [documents[i] for i in kept]
-    digests = [hashlib.blake2b(d.text.encode(), digest_size=16).digest() for d in documents]
-    columns["digest"].append(np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2))
-    columns["chars"].append(np.array([len(d.text) for d in documents], np.uint32))
-    columns["rank"].append(np.array([_rank(request.seed, d.path) for d in documents], np.uint64))
-    columns["code"].append(np.array([filters.is_code(d) for d in documents], bool))
-    columns["bands"].append(bands)
-    return documents
-
-
-def _rank(seed: int, path: str) -> int:
-    """The smallest are held out: as in gather.heldout_files."""
-    return shuffle.hash64(seed, "heldout", path)
-
-
-def _band_keys(sketches: np.ndarray) -> np.ndarray:
-    """A hash of each band of each sketch: uint64 [documents, bands]."""
-    rows = sketches.reshape(len(sketches), clean.BANDS, -1).astype(np.uint64)
-    keys = np.zeros(rows.shape[:2], np.uint64)
-    for place in range(rows.shape[2]):
-        keys = (keys ^ rows[:, :, place]) * np.uint64(0x9E3779B97F4A7C15)
-        keys ^= keys >> np.uint64(32)
-    return keys
-
-
-class _Left:
-    """What a task leaves out: counted, and listed one JSON line each."""
-
-    def __init__(self, out: Path):
-        self._tally, self._out = Tally(), out
-        self._list = (out / "removed.jsonl").open("w", encoding="utf-8")
-
-    def add(self, reason: str, item: Document | Left, **about) -> None:
-        is_document = isinstance(item, Document)
-        size = len(item.text.encode(errors="replace")) if is_document else item.num_bytes
-        self._tally.add(reason, item.path, size)
-        line = {"reason": reason, "path": item.path, "bytes": size}
-        if is_document:
-            line |= {"source": item.source, "language": item.language}
-        self._list.write(json.dumps(line | about, ensure_ascii=False) + "\n")
-
-    def close(self, results: dict) -> None:
-        self._list.close()
-        results["removed"] = self._tally.removed
-        (self._out / "result.json").write_text(json.dumps(results))
-
-
-# -- duplicates -------------------------------------------------------------------------------
-
-
-def count(job: Job, out: Path) -> None:
-    """Number of the first document of every unit, and of all: int64 [units + 1]."""
-    counts = [result(job, "read", n)["documents"] for n in range(len(job.units))]
-    np.save(out / "offsets.npy", np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
-
-
-def offsets(job: Job) -> np.ndarray:
-    """What `count` found."""
-    return np.load(job.path("counted") / "offsets.npy")
-
-
-def parts(job: Job, count: int) -> int:
-    """Into how many parts keys are split so that sorting one stays within the memory allowed."""
-    return -(-count * 64 // job.request.memory_bytes)  # 24 bytes a key, and room to sort them
-
-
-def exact(job: Job, number: int, out: Path) -> None:
-    """Documents whose digest an earlier one has: int64 [duplicates, 2], with the earlier one."""
-    starts = offsets(job)
-    num_parts = parts(job, starts[-1])
-    keys, ids = [], []
-    for unit, start in enumerate(starts[:-1]):
-        digests = _column(job, unit, "digest")
-        mine = np.flatnonzero(digests[:, 0] % np.uint64(num_parts) == number)
-        keys.append(digests[mine])
-        ids.append(mine + start)
-    keys, ids = np.concatenate(keys), np.concatenate(ids)
-    order = np.lexsort((ids, keys[:, 1], keys[:, 0]))
-    keys, ids = keys[order], ids[order]
-    same = (keys[1:] == keys[:-1]).all(axis=1)
-    heads = np.concatenate([[0], np.where(same, 0, np.arange(1, len(ids)))])[: len(ids)]
-    heads = np.maximum.accumulate(heads) if len(ids) else heads
-    again = np.flatnonzero(np.concatenate([[False], same])[: len(ids)])
-    np.save(out / "pairs.npy", np.stack([ids[again], ids[heads[again].astype(np.int64)]], axis=1))
-
-
-def merge_exact(job: Job, out: Path) -> None:
-    """All exact duplicates in order, and one flag per document."""
-    count = offsets(job)[-1]
-    pairs = _concatenate(job, "exact", parts(job, count))
-    np.save(out / "pairs.npy", pairs)
-    flags = np.zeros(count, bool)
-    flags[pairs[:, 0]] = True
-    np.save(out / "flags.npy", flags)
-
-
-def candidates(job: Job, number: int, out: Path) -> None:
-    """Pairs that agree in a band, of one part of its keys: int64 [pairs, 2], sorted."""
-    starts = offsets(job)
-    num_parts = parts(job, starts[-1])
-    band, part = divmod(number, num_parts)
-    gone = np.load(job.path("gone") / "flags.npy", mmap_mode="r")
-    keys, ids = [], []
-    for unit, start in enumerate(starts[:-1]):
-        own = _column(job, unit, "bands")[band]
-        mine = np.flatnonzero(
-            (own % np.uint64(num_parts) == part) & ~gone[start : start + len(own)]
-        )
-        keys.append(own[mine])
-        ids.append(mine + start)
-    ids = np.concatenate(ids)
-    places = list(clean.bucket_pairs(np.concatenate(keys)))
-    pairs = ids[np.array(places, np.int64).reshape(-1, 2)]
-    np.save(out / "pairs.npy", pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))])
-
-
-def compare(job: Job, number: int, out: Path) -> None:
-    """Of the pairs that begin in a unit, those that are as similar as asked: int64 [pairs, 2]."""
-    starts = offsets(job)
-    found = []
-    for task in range(clean.BANDS * parts(job, starts[-1])):
-        pairs = np.load(job.path("candidates", task) / "pairs.npy", mmap_mode="r")
-        first, last = np.searchsorted(pairs[:, 0], starts[number : number + 2])
-        found.append(pairs[first:last])
-    pairs = np.unique(np.concatenate(found), axis=0)
-    records = _Records(job, starts)
-
-    @functools.lru_cache(maxsize=COMPARED)
-    def shingles(document: int) -> np.ndarray:
-        return np.unique(clean.shingle_hashes([records[document]["text"]])[0])
-
-    root: dict[int, int] = {}
-
-    def find(i: int) -> int:
-        while root.get(i, i) != i:
-            root[i] = root.get(root[i], root[i])
-            i = root[i]
-        return i
-
-    near = []
-    for a, b in pairs.tolist():
-        if find(a) != find(b) and _similar(shingles(a), shingles(b), job.request.jaccard):
-            root[max(find(a), find(b))] = min(find(a), find(b))
-            near.append((a, b))
-    np.save(out / "pairs.npy", np.array(near, np.int64).reshape(-1, 2))
-
-
-def _similar(a: np.ndarray, b: np.ndarray, threshold: float) -> bool:
-    few, many = sorted((len(a), len(b)))
-    return few >= threshold * many and clean.jaccard(a, b) >= threshold
-
-
-def merge_near(job: Job, out: Path) -> None:
-    """Clusters, and of each all but the longest (the first of these): int64 [duplicates, 2]."""
-    pairs = _concatenate(job, "compare", len(job.units) if job.request.jaccard else 0)
-    np.save(out / "pairs.npy", _all_but_one(job, pairs))
-
-
-def _all_but_one(job: Job, pairs: np.ndarray) -> np.ndarray:
-    from scipy import sparse
-
-    if len(pairs) == 0:
-        return pairs
-    documents, ends = np.unique(pairs, return_inverse=True)
-    ends = ends.reshape(pairs.shape)
-    graph = sparse.coo_matrix(
-        (np.ones(len(ends), bool), (ends[:, 0], ends[:, 1])), shape=(len(documents),) * 2
-    )
-    _, cluster = sparse.csgraph.connected_components(graph, directed=False)
-    starts, chars = offsets(job), np.zeros(len(documents), np.int64)
-    for unit, bounds in enumerate(np.searchsorted(documents, [starts[:-1], starts[1:]]).T):
-        own = documents[slice(*bounds)] - starts[unit]
-        chars[slice(*bounds)] = _column(job, unit, "chars")[own]
-    order = np.lexsort((documents, -chars, cluster))  # the one to keep leads its cluster
-    leads = np.flatnonzero(np.diff(cluster[order], prepend=-1))
-    keeper = documents[order][leads]
-    dropped = np.delete(order, leads)
-    found = np.stack([documents[dropped], keeper[cluster[dropped]]], axis=1)
-    return found[np.argsort(found[:, 0])]
-
-
-def _concatenate(job: Job, name: str, count: int) -> np.ndarray:
-    """The pairs of all tasks of a round, sorted by the first document."""
-    found = [np.load(job.path(name, n) / "pairs.npy") for n in range(count)]
-    pairs = np.concatenate([np.zeros((0, 2), np.int64), *found])
-    return pairs[np.argsort(pairs[:, 0], kind="stable")]
-
-
-def _column(job: Job, unit: int, name: str) -> np.ndarray:
-    return np.load(job.path("read", unit) / f"{name}.npy", mmap_mode="r")
-
-
-class _Records:
-    """What was read, by document number."""
-
-    def __init__(self, job: Job, starts: np.ndarray):
-        self._job, self._starts = job, starts
-        self._open = functools.lru_cache(maxsize=16)(self._open_unit)
-
-    def _open_unit(self, unit: int):
-        return corpus.record_source([str(self._job.path("read", unit) / "records")])
-
-    def __getitem__(self, document: int) -> dict:
-        unit = int(np.searchsorted(self._starts, document, side="right")) - 1
-        return json.loads(self._open(unit)[int(document - self._starts[unit])])
+        found = []
+    if "docstrings" in request.forms:
+        found += [replace(d, corpus=MADE[0]) for d in pieces.docstrings(document, max_chars=size)]
+    if "dialogues" in request.forms:
+        size = min(size, ANSWER_CHARS)
+        found += [replace(d, corpus=MADE[1]) for d in pieces.dialogues(document, max_chars=size)]
+    for piece in found:
+        if (piece := _where_free(piece, taken)) is not None:
+            yield piece
 
 
 # -- write ------------------------------------------------------------------------------------
 
 
-def choose_heldout(job: Job, out: Path) -> None:
-    """Below which rank files are held out, and which are beside it.
-
-    Where that holds out nothing of a corpus, or all of it, one file more or less is held out.
-    """
-    limit = int(job.request.heldout_rate * 2**64)
-    starts = offsets(job)
-    lowest: dict[str, int] = {}
-    highest: dict[str, int] = {}
-    for unit in range(len(job.units)):
-        kept = np.ones(int(starts[unit + 1] - starts[unit]), bool)
-        kept[list(_duplicates(job, unit, starts))] = False
-        ranks, code = _column(job, unit, "rank"), _column(job, unit, "code")
-        for is_code in (False, True):
-            own = ranks[kept & (code == is_code)]
-            if len(own):
-                name = _corpus(job.units[unit], is_code)
-                lowest[name] = min(lowest.get(name, 2**64), int(own.min()))
-                highest[name] = max(highest.get(name, 0), int(own.max()))
-    more = [rank for name, rank in lowest.items() if limit <= rank < highest[name]]
-    fewer = [rank for rank in highest.values() if rank < limit]
-    (out / "chosen.json").write_text(json.dumps({"limit": limit, "in": more, "out": fewer}))
-
-
-def _corpus(unit: inputs.Unit, is_code: bool) -> str:
-    return unit.corpus or ("code" if is_code else "language")
-
-
-def _duplicates(job: Job, unit: int, starts: np.ndarray) -> dict[int, tuple[str, int]]:
-    """Documents of a unit that are left out, by their place in it: the reason and the one kept."""
-    found = {}
-    reasons = {"gone": "exact duplicate", "near": NEAR.format(job.request.jaccard)}
-    for folder, reason in reasons.items():
-        pairs = np.load(job.path(folder) / "pairs.npy", mmap_mode="r")
-        first, last = np.searchsorted(pairs[:, 0], starts[unit : unit + 2])
-        for document, kept in pairs[first:last].tolist():
-            found[document - int(starts[unit])] = (reason, kept)
-    return found
+def documents(job: Job, number: int, left: Left | None = None) -> Iterator[tuple[Document, bool]]:
+    """All of a unit that is kept, and whether it is held out: whole documents, then pieces."""
+    taken = _taken(job) if job.units[number].fill else frozenset()
+    common = heldout.Common(job)
+    for table in ("read", "cut"):
+        records, flags = Records(job, table), heldout.flags(job, table, number)
+        dropped = duplicates.of_unit(job, table, number)
+        places = np.arange(len(flags))
+        for place, document in zip(places.tolist(), records.of_unit(number, places), strict=True):
+            held_out = bool(flags[place])
+            if place in dropped:
+                reason, kept = dropped[place]
+                if left:
+                    left.add(reason, document, kept=records[kept].path)
+                continue
+            if table == "read" and (document := _file(document, job.request, taken)) is None:
+                continue
+            if held_out and common.has_most_of(document):
+                if left:
+                    left.add(heldout.LEAK, document)
+                continue
+            yield document, held_out
 
 
 def write(job: Job, number: int, out: Path) -> None:
     """The documents of a unit that are kept: shards, tokens, and the counts for the manifest."""
     from codellama_jax.tokenizer import Tokenizer
 
-    starts = offsets(job)
-    duplicates = _duplicates(job, number, starts)
-    chosen = json.loads((job.path("heldout") / "chosen.json").read_text())
-    ranks, unit = _column(job, number, "rank"), job.units[number]
-    tokenizer = Tokenizer(job.tokenizer)
-    records, left = _Records(job, starts), _Left(out)
-    splits: dict[str, _Split] = {}
+    tokenizer = Tokenizer(json.loads((job.path("tokenizer.json")).read_text())["path"])
+    left, splits = Left(out), {}
     sources: dict[str, Counter] = {}
-    for place in range(len(ranks)):
-        record = records[int(starts[number]) + place]
-        document = Document(**record)
-        if place in duplicates:
-            reason, kept = duplicates[place]
-            left.add(reason, document, kept=records[kept]["path"])
-            continue
-        rank = int(ranks[place])
-        held_out = (rank < chosen["limit"] or rank in chosen["in"]) and rank not in chosen["out"]
-        name = _corpus(unit, filters.is_code(document))
-        stem = f"{name}/{'heldout' if held_out else 'train'}"
-        if stem not in splits:
-            splits[stem] = _Split(out, stem)
-        counted = splits[stem].add(record, tokens.count(tokenizer, document.text))
-        sources.setdefault(document.source, Counter()).update(counted)
-    left.close(
-        {
-            "splits": {stem: split.close() for stem, split in sorted(splits.items())},
-            "sources": sources,
-        }
-    )
+    try:
+        for document, held_out in documents(job, number, left):
+            stem = f"{document.corpus}/{'heldout' if held_out else 'train'}"
+            try:
+                record, length = _record(document, tokenizer)
+            except ValueError:  # of roles out of order, or text that spells the chat's own marks
+                left.add("not a dialogue that ends with an answer", document)
+                continue
+            if stem not in splits:
+                splits[stem] = _Split(out, stem)
+            counted = splits[stem].add(record, length, len(document.text.encode()))
+            if not document.part:
+                sources.setdefault(document.source, Counter()).update(counted)
+    finally:
+        for split in splits.values():
+            split.close()
+    files = {stem: split.result() for stem, split in sorted(splits.items())}
+    write_result(out, {"splits": files, "sources": sources} | left.close())
+
+
+def _record(document: Document, tokenizer) -> tuple[dict, int]:
+    """What is written of a document, and its tokens."""
+    record = {**vars(document)}
+    del record["corpus"]
+    if document.dialog:
+        dialog = [{"role": role, "content": text} for role, text in document.dialog]
+        del record["text"]
+        return record | {"dialog": dialog}, len(prompts.chat_example(tokenizer, dialog)[0])
+    del record["dialog"]
+    counts = tokens.count(tokenizer, document.text)
+    chunks = {"chunk_tokens": counts} if len(counts) > 1 else {}
+    return record | chunks, sum(counts) + 2  # BOS and EOS
 
 
 class _Split:
@@ -444,37 +270,37 @@ class _Split:
         self._paths: list[int] = []
         self._python: list[tuple[int, int]] = []  # number and length of the Python documents
         self._languages: dict[str, Counter] = {}
+        self._dialogues = 0
 
-    def add(self, record: dict, chunk_tokens: list[int]) -> dict:
-        length = sum(chunk_tokens) + 2  # BOS and EOS
-        if len(chunk_tokens) > 1:
-            record = {**record, "chunk_tokens": chunk_tokens}
+    def add(self, record: dict, length: int, num_bytes: int) -> dict:
         if record["language"] == "python":
             self._python.append((len(self._lengths), length))
+        self._dialogues += "dialog" in record
         self._lengths.append(length)
         self._paths.append(corpus.path_hash(record["path"]))
         self._writer.write(json.dumps(record, ensure_ascii=False).encode())
-        counted = {"documents": 1, "bytes": len(record["text"].encode()), "tokens": length}
+        counted = {"documents": 1, "bytes": num_bytes, "tokens": length}
         self._languages.setdefault(record["language"], Counter()).update(counted)
         return counted
 
-    def close(self) -> dict:
+    def close(self) -> None:
         self._writer.close()
+
+    def result(self) -> dict:
+        """Writes the columns of numbers; returns what the manifest needs."""
         np.save(f"{self._stem}.lengths.npy", np.array(self._lengths, np.uint32))
         np.save(f"{self._stem}.paths.npy", np.array(self._paths, np.uint64))
         python = np.array(self._python, np.int64).reshape(-1, 2)
         np.save(f"{self._stem}.python.npy", np.ascontiguousarray(python.T))
         return {
             "documents": len(self._lengths),
+            "dialogues": self._dialogues,
             "languages": self._languages,
             "file": corpus.checksum(self._stem.with_suffix(".array_record")),
         }
 
 
-_TASKS = {
-    "read": read,
-    "exact": exact,
-    "candidates": candidates,
-    "compare": compare,
-    "write": write,
-}
+_TASKS = {"read": read, "cut": cut, "runs": heldout.runs, "common": heldout.common, "write": write}
+for _table in ("read", "cut"):
+    for _round in (duplicates.exact, duplicates.candidates, duplicates.compare):
+        _TASKS[f"{_table}_{_round.__name__}"] = functools.partial(_round, table=_table)
