@@ -140,21 +140,22 @@ def _splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, context):
     if segments_BT is None:
         segments_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
     mesh = jax.sharding.get_abstract_mesh()
-    split = 1 if mesh.empty else mesh.shape["context"]
+    split = 1 if mesh.empty or context == 1 else mesh.shape["context"]
     device = None if mesh.empty else mesh.abstract_device  # programs for TPUs are made on CPUs, too
     platform = jax.default_backend() if mesh.empty else device and device.platform
     heads = q_BTNH.shape[2] // (1 if mesh.empty else mesh.shape["tensor"])
     attend = _splash_kernel(q_BTNH.shape[1], heads, context, split, platform == "cpu")
     if mesh.empty:
         return _splash_local(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT, context=context)
-    parts = sharding.spec("batch", "queries", "heads", None)
+    queries = "queries" if split > 1 else None
+    parts = sharding.spec("batch", queries, "heads", None)
     local = jax.shard_map(
         functools.partial(_splash_local, context=context, gather=split > 1),
         mesh=mesh,
         in_specs=(
-            attend.manual_sharding_spec(NamedSharding(mesh, sharding.spec(None, "queries"))),
+            attend.manual_sharding_spec(NamedSharding(mesh, sharding.spec(None, queries))),
             *(parts, parts, parts),
-            sharding.spec("batch", "queries"),
+            sharding.spec("batch", queries),
         ),
         out_specs=parts,
         check_vma=False,  # the kernel does not say how its output varies
