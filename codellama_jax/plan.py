@@ -59,7 +59,9 @@ def plan(
 # -- compiling -----------------------------------------------------------------------------------
 def canonical(stage: config.Stage) -> config.Stage:
     """The stage without the numbers that change no byte: stages equal but for these are one."""
-    data = replace(stage.data, mix={"any": 1.0}, infilling_rate=0.0, spm_rate=0.5, line_rate=0.0)
+    data = replace(
+        stage.data, mix={"any": 1.0}, already={}, infilling_rate=0.0, spm_rate=0.5, line_rate=0.0
+    )
     data = replace(data, corpus="corpus", tokenizer="tokenizer.model", rows=None, seed=0, workers=0)
     optim = config.Optim(
         peak_lr=1e-4, warmup_steps=1, final_lr_ratio=0.1, beta1=0.9, beta2=0.95, eps=1e-5,

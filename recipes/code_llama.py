@@ -26,6 +26,7 @@ from dataclasses import replace
 
 from codellama_jax import launch
 from codellama_jax.config import SIZES, B, Data, Layout, Optim, Stage
+from codellama_jax.data import mix
 
 BATCH = 1_024 * 4_096  # sec. 2.6: 4M tokens
 LLAMA_2_VOCABULARY = 32_000  # without the 16 pieces for infilling
@@ -93,7 +94,17 @@ def stages(size: str) -> dict[str, Stage]:
         plain = code if size == "34b" else without_infilling(code)
         python = specialised(plain)
         rows = [code, base, instructed(base), plain, python, long(python, size)]
-    return {stage.name: stage for stage in rows}
+    made: dict[str, Stage] = {}
+    for stage in rows:
+        made[stage.name] = reading_on(stage, made.get(stage.start_from))
+    return made
+
+
+def reading_on(stage: Stage, before: Stage | None) -> Stage:
+    """No text twice: each corpus goes on where the stage before has left it (ours)."""
+    if before is None:
+        return stage
+    return replace(stage, data=mix.read_on(stage.data, before.data, before.steps))
 
 
 def code_training(size: str) -> Stage:

@@ -130,17 +130,21 @@ class Schedule:
 
 
 def read_by(data: config.Data, steps: int) -> dict[str, int]:
-    """Tokens of each corpus that a stage has read after `steps`, and those before it.
-
-    For the next stage, so that each corpus goes on where this one leaves it:
-    replace(data, mix=..., already=...), of the corpora of its mix. To the row where both have the
-    same seq_len; else to about a thousand documents, for rows of another length lie otherwise.
-    """
+    """Tokens of each corpus that a stage has read after `steps`, and those before it."""
     counts = Schedule([data.mix[name] for name in names(data)]).counts(steps * data.rows_per_batch)
-    return {
-        name: int(data.already.get(name, 0)) + count * data.seq_len
-        for name, count in zip(names(data), counts, strict=True)
-    }
+    read = dict(data.already)
+    for name, count in zip(names(data), counts, strict=True):
+        read[name] = int(read.get(name, 0)) + count * data.seq_len
+    return read
+
+
+def read_on(data: config.Data, before: config.Data, steps: int) -> config.Data:
+    """`data`, each corpus going on where a stage that reads `before` leaves it after `steps`.
+
+    To the row where both have the same seq_len and infill, or do not; else to about a hundredth of
+    what was read, for rows of another length lie otherwise.
+    """
+    return replace(data, already=read_by(before, steps))
 
 
 def open_mixture(data: config.Data, corpus_dir: str | Path, tokenizer) -> Mixture:
