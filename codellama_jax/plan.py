@@ -50,6 +50,7 @@ def plan(
         "memory": memory(facts, where.chip),
         "compiled": facts["compiled"],
         "program": facts["program"],
+        "kinds": kinds(facts),
     }
     if not quick:
         report["time"] = estimate.step_time(stage, where, facts)
@@ -198,10 +199,16 @@ def too_big(stage: config.Stage, where: chips.Slice, facts: Report) -> str:
     )
 
 
+def kinds(facts: Report) -> list[str]:
+    """The kinds of collectives of a program."""
+    return sorted({each["kind"] for region in facts["regions"] for each in region["collectives"]})
+
+
 def memory(facts: Report, chip: chips.Chip) -> Report:
     """GiB per device. The peak counts the arguments, but not what never lives at the same time."""
     made = {name: round(n / 2**30, 3) for name, n in facts["memory"].items()}
     return made | {
+        "peak_bytes": facts["memory"]["peak"],
         "limit": chip.hbm_gib,
         "headroom": round(1 - made["peak"] / chip.hbm_gib, 4),
     }

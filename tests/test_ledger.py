@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from codellama_jax import chips, config, launch, ledger, plan, schedule
+from codellama_jax import chips, config, launch, ledger, plan, schedule, twins
 from recipes import code_llama
 from tools import plan_pod
 
@@ -121,22 +121,54 @@ def test_a_search_ranks_what_fits_before_what_does_not(monkeypatch):
 
 
 # -- the real compiler ---------------------------------------------------------------------------
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: pip install 'codellama_jax[aot]'",
+)
+LAID_OUT = list(plan_pod.laid_out_stages())
+
+
+def test_a_twin_that_needs_more_is_refused():
+    old = {"peak_bytes": 1_000, "kinds": ["all-gather"], "jax": "1", "libtpu": "2"}
+    assert "+0.0%, no new" in twins.compare("x", old, old)
+    with pytest.raises(ValueError, match="twin of x needs 3.0% more bytes"):
+        twins.compare("x", old | {"peak_bytes": 1_030}, old)
+    with pytest.raises(ValueError, match="it did not have: all-reduce"):
+        twins.compare("x", old | {"kinds": ["all-gather", "all-reduce"]}, old)
+    assert "not compared" in twins.compare("x", old | {"jax": "3", "peak_bytes": 9_000}, old)
+    with pytest.raises(ValueError, match="x has no twin yet"):
+        twins.compare("x", old, None)
+
+
 @pytest.mark.slow
-def test_a_two_layer_twin_compiles_for_tpus(tmp_path):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install 'codellama_jax[aot]'")
-    where = chips.Slice.parse("v5e:2x2")
-    model = replace(
-        CODE_7B.model, num_layers=2, dim=512, num_heads=4, num_kv_heads=2, ffn_dim=1_024
+@needs_libtpu
+@pytest.mark.parametrize(
+    "size, stage, where", LAID_OUT, ids=[twins.name_of(s, n, str(w)) for n, s, w in LAID_OUT]
+)
+def test_the_twin_of_every_layout_compiles_and_needs_no_more_than_before(
+    size, stage, where, tmp_path
+):
+    name = twins.name_of(stage, size, str(where))
+    twins.compare(name, twins.needs(stage, where, tmp_path), twins.read(DOCS).get(name))
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize(
+    "size, name, where", [("7b", "code", "v5e:16x16"), ("34b", "long_context", "v5e:16x16")]
+)
+def test_a_real_cell_needs_no_more_than_in_the_ledger(size, name, where, tmp_path):
+    stage = code_llama.stages(size)[name]
+    stage = replace(stage, layout=code_llama.layouts(stage, size)[where])
+    report = plan.plan(stage, chips.Slice.parse(where), cache=tmp_path)
+    row = ledger.find(DOCS, size, stage, where, stage.layout)
+    assert report["memory"]["arguments"] * 2**30 * 256 == pytest.approx(
+        12 * stage.model.num_params, rel=0.02
     )
-    stage = replace(
-        CODE_7B,
-        model=model,
-        data=replace(CODE_7B.data, seq_len=512, batch_tokens=8 * 512),
-        layout=config.Layout(remat="dots", loss_chunk=512),
+    assert report["memory"]["headroom"] >= plan.HEADROOM
+    assert {each["kind"] for each in report["time"]["collectives"]} <= set(schedule.KINDS)
+    if (row["jax"], row["libtpu"]) == (report["compiled"]["jax"], report["compiled"]["libtpu"]):
+        ledger.compare(DOCS, ledger.row(size, report))
+    assert json.loads(json.dumps(report)) == plan.plan(
+        stage, chips.Slice.parse(where), cache=tmp_path
     )
-    report = plan.plan(stage, where, cache=tmp_path)
-    assert report["memory"]["arguments"] * 2**30 == pytest.approx(3 * model.num_params, rel=0.02)
-    assert report["memory"]["headroom"] > 0.9
-    assert {row["kind"] for row in report["time"]["collectives"]} <= set(schedule.KINDS)
-    assert json.loads(json.dumps(report)) == plan.plan(stage, where, cache=tmp_path)

@@ -7,6 +7,7 @@ r"""What a stage needs on TPUs: bytes, seconds, chip-hours. Compiles the real st
     python tools/plan_pod.py --size 34b --slice v5e:2x4 --generate 1 --context 100000
     python tools/plan_pod.py --outdated                                   rows of other programs
     python tools/plan_pod.py --fill                                       compiles and records them
+    python tools/plan_pod.py --twins                                      small ones of all layouts
 
 A compile takes one to five minutes of one or two cores and up to 3 GB; the answer is kept, and the
 same question is answered at once. Needs the TPU compiler: pip install 'codellama_jax[aot]'.
@@ -24,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a clone that is not installed
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from codellama_jax import arithmetic, chips, config, launch, ledger, plan, plan_decode
+from codellama_jax import arithmetic, chips, config, launch, ledger, plan, plan_decode, twins
 from recipes import code_llama
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -36,6 +37,8 @@ def main() -> None:
     with launch.refusals():
         if args.outdated or args.fill:
             fill(args.fill)
+        elif args.twins:
+            compile_twins(args.record)
         elif args.generate:
             where, model = chips.Slice.parse(args.slice), config.SIZES[args.size]
             found = plan_decode.plan_generation(
@@ -96,11 +99,16 @@ def arguments():
         help="cells that docs/pods.json lacks, or of old programs",
     )
     parser.add_argument("--fill", action="store_true", help="compile and record these, all of them")
+    parser.add_argument(
+        "--twins", action="store_true", help="compile two narrow layers in every layout, for bytes"
+    )
     args = parser.parse_args()
     ledgered = args.record or args.check
     what = args.size and (args.stage or args.generate)
-    if not (args.outdated or args.fill or what):
-        parser.error("--size and --stage say what to plan; --outdated and --fill need neither")
+    if args.outdated or args.fill or args.twins:
+        return args
+    if not what:
+        parser.error("--size and --stage say what to plan; --outdated, --fill and --twins do not")
     if (args.generate is None) != (args.context is None) or args.generate and not args.slice:
         parser.error("--generate ROWS wants --context TOKENS and a --slice")
     if args.generate and (args.stage or args.set or args.search or ledgered):
@@ -246,6 +254,29 @@ class Cell:
         """Compiles it in a process of its own: the compiler keeps what it took."""
         cell = ["--size", self.size, "--stage", self.stage.name, "--slice", str(self.where)]
         subprocess.run([sys.executable, __file__, *cell, "--record"])
+
+
+def compile_twins(records: bool) -> None:
+    """Compares the twin of every layout with docs/pods_twins.json, or puts it there."""
+    for size, stage, where in laid_out_stages():
+        name = twins.name_of(stage, size, str(where))
+        new = twins.needs(stage, where)
+        if records:
+            twins.record(DOCS, name, new)
+        print(twins.compare(name, new, twins.read(DOCS).get(name)), flush=True)
+
+
+def laid_out_stages():
+    """(size, stage, slice) of every layout of the recipe, once each."""
+    for size in config.SIZES:
+        for layouts in {
+            id(found): (stage, found)
+            for stage in code_llama.stages(size).values()
+            if (found := code_llama.layouts(stage, size))
+        }.values():
+            stage, found = layouts
+            for text, layout in found.items():
+                yield size, dataclasses.replace(stage, layout=layout), chips.Slice.parse(text)
 
 
 def fill(compiles: bool) -> None:
