@@ -2,7 +2,7 @@
 
 <workdir>/<stage>/<step>/params      weights, float32, Meta's names, layers stacked
                         /opt_state   Adam's moments (absent in imported weights)
-                        /recipe      JSON: model, stage, fingerprints of the data, versions
+                        /recipe      JSON: model, stage, fingerprints, versions, checksums
 <workdir>/<stage>/tokenizer.model    the tokenizer the weights speak
 """
 
@@ -21,10 +21,11 @@ import orbax.checkpoint as ocp
 import orbax.checkpoint.checkpoint_managers as policies
 from etils import epath
 
-from codellama_jax import config, state, tokenizer
+from codellama_jax import config, state, stop, tokenizer
 from codellama_jax.config import check
 
 ITEMS = ("params", "opt_state", "recipe")
+TOGETHER = (None, stop.Stopped, FloatingPointError)  # what all processes end with at once
 
 
 class Checkpoints:
@@ -46,7 +47,9 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
+        if kind not in TOGETHER and jax.process_count() > 1:
+            return  # closing waits for all processes, which do not know of this one's error
         with _writable(self.folder):
             self._manager.close()
 
@@ -62,6 +65,8 @@ class Checkpoints:
         step = int(train_state.step)
         if step in self._manager.all_steps():
             return
+        arrays = {"params": train_state.params, "opt_state": train_state.opt_state}
+        recipe = recipe | {"checksums": checksums(arrays)}
         with _writable(self.folder):  # or the one before, which was still being written
             self._manager.save(
                 step,
@@ -84,6 +89,7 @@ class Checkpoints:
                     params=_restore(abstract.params), opt_state=_restore(abstract.opt_state)
                 ),
             )
+        check_bits({"params": saved.params, "opt_state": saved.opt_state}, self.folder / str(step))
         counter = jax.device_put(np.int32(step), abstract.step.sharding)
         return state.TrainState(counter, saved.params, saved.opt_state)
 
@@ -219,6 +225,8 @@ def restore_params(
     step = find(path)
     with _readable(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         params = reader.restore(step / "params", args=_restore(abstract))
+    if dtype in (None, np.float32):  # other bits than were written
+        check_bits({"params": params}, step)
     if has_checksums(step):  # of imported weights
         from codellama_jax.convert import proof
 
@@ -262,10 +270,50 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+# -- are the bits those that were written? -------------------------------------------------------
+def checksums(tree: Any) -> dict[str, int]:
+    """A checksum of the bits of each array of `tree`, by its path; the same on every mesh.
+
+    Disks and networks change bits, and what stores the chunks does not notice.
+    """
+    sums = jax.device_get(_sums(tree))
+    leaves = jax.tree_util.tree_leaves_with_path(sums)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): int(s) for path, s in leaves}
+
+
+@jax.jit
+def _sums(tree: Any) -> Any:
+    """Bits as integers, times odd numbers that differ by place, summed modulo 2^32."""
+
+    def checksum(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(np.uint32)
+        place = np.uint32(0)
+        for axis, size in enumerate(x.shape):
+            place = place * np.uint32(size) + jax.lax.broadcasted_iota(np.uint32, x.shape, axis)
+        return (bits * (2 * place + 1)).sum(dtype=np.uint32)
+
+    return jax.tree.map(checksum, tree)
+
+
+def check_bits(tree: Any, step: epath.Path) -> None:
+    """Raises ValueError unless the arrays are those that were written; old ones cannot tell."""
+    written = read_recipe(step).get("checksums") if (step / "recipe").exists() else None
+    if not written:
+        return
+    now = checksums(tree)
+    wrong = [name for name in now if now[name] != written.get(name)]
+    check(
+        not wrong,
+        f"the checkpoint {step} is damaged: {', '.join(wrong[:3])}{' ...' * (len(wrong) > 3)} "
+        "hold other bits than were written; restore it from a copy, or remove that folder to use "
+        "the step before it",
+    )
+
+
 # -- may this stage go on from what lies there? --------------------------------------------------
 FREE = {  # fields that change speed or cadence but no number that is trained
     "layout", "log_every", "eval_every", "eval_rows", "save_every", "keep_checkpoints",
-    "profile_from", "data.workers", "data.corpus", "data.tokenizer", "data.rows",
+    "profile_from", "stuck_after", "data.workers", "data.corpus", "data.tokenizer", "data.rows",
 }  # fmt: skip
 
 
@@ -277,7 +325,7 @@ def check_same_stage(
     corpus_fingerprint: str | None = None,
 ) -> None:
     """Raises ValueError when `folder` was made by another recipe, naming each difference."""
-    old, new = _flat(saved["stage"] or {}), _flat(config.to_json(stage))
+    old, new = flat(saved["stage"] or {}), flat(config.to_json(stage))
     differences = [
         f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
@@ -326,11 +374,12 @@ def check_tokenizer(saved: dict, fingerprint: str, folder: Any) -> None:
     )
 
 
-def _flat(values: dict, prefix: str = "") -> dict:
-    flat = {}
+def flat(values: dict, prefix: str = "") -> dict:
+    """Nested fields by their dotted paths; a mix stays whole."""
+    fields = {}
     for name, value in values.items():
         if isinstance(value, dict) and name != "mix":
-            flat |= _flat(value, f"{prefix}{name}.")
+            fields |= flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
-    return flat
+            fields[prefix + name] = value
+    return fields

@@ -206,6 +206,7 @@ class Stage:
     save_every: int = 1_000  # steps between checkpoints; the last step is always kept
     keep_checkpoints: int = 2  # newest checkpoints kept
     profile_from: int = -1  # first of 3 steps to profile; -1: none
+    stuck_after: int = 600  # seconds without a step after which the threads' stacks are shown
 
     def __post_init__(self):
         check(bool(self.name), "name='' is no folder: name the stage")
@@ -224,7 +225,9 @@ class Stage:
             rows % micro == 0,
             f"a batch of {rows} rows does not divide into microbatches={micro}",
         )
-        for name in ("log_every", "eval_every", "eval_rows", "save_every", "keep_checkpoints"):
+        for name in (
+            "log_every", "eval_every", "eval_rows", "save_every", "keep_checkpoints", "stuck_after",
+        ):  # fmt: skip
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         check(self.start_from != self.name, f"stage {self.name!r} cannot start from itself")
 
@@ -286,10 +289,10 @@ def _parse(kind: Any, path: str, text: str) -> Any:
             return None
         return text
     except (ValueError, KeyError, TypeError):
-        wanted = getattr(kind, "__name__", str(kind))
-        if get_origin(kind) is dict:
-            wanted = 'JSON object of numbers, such as {"code": 1}'
-        raise ValueError(f"{path}={text!r} is not a {wanted}") from None
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(
+            kind, 'a JSON object of numbers, such as {"code": 1}'
+        )
+        raise ValueError(f"{path}={text!r} is not {wanted}") from None
 
 
 def to_json(value: Any) -> dict:

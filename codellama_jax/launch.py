@@ -2,13 +2,16 @@
 
 import argparse
 import dataclasses
+import faulthandler
 import os
-import shutil
+import shlex
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from codellama_jax import config
+from codellama_jax import cluster, config, stop
 from codellama_jax.config import check
 
 Stages = dict[str, config.Stage]
@@ -23,8 +26,16 @@ def main(
     """Runs one stage of a recipe: --size, --stage, --slice, --workdir, --set a.b=value, --list."""
     flags = parser(description, sizes)
     flags.add_argument("--slice", help="TPUs to lay the stage out for, such as v5e:16x16")
+    flags.add_argument(
+        "--wait",
+        type=int,
+        default=300,
+        metavar="SECONDS",
+        help="for a host that is missing at the start, before it is named (300)",
+    )
     args = flags.parse_args()
-    with refusals():
+    faulthandler.enable()  # shows where Python was when a library crashes
+    with refusals(args.traceback):
         if args.list:
             for size in [args.size] if args.size else sizes:
                 show(size, changed(stages(size), args.set))
@@ -35,9 +46,10 @@ def main(
         check(args.workdir is not None, "--workdir is missing: where checkpoints go (may be gs://)")
         chosen = {args.stage: laid_out(pick(rows, args.stage, args.size), args, layouts)}
         stage = changed(chosen, args.set)[args.stage]
-        start_processes()
+        cluster.join(args.wait)
         from codellama_jax import train
 
+        keep_compiled(args.workdir)
         train.train(stage, args.workdir)
 
 
@@ -58,6 +70,9 @@ def parser(description: str, sizes: tuple[str, ...] = ()) -> argparse.ArgumentPa
         help="change one field of the stage, such as optim.peak_lr=1e-4; may be repeated",
     )
     made.add_argument("--list", action="store_true", help="print every stage on one line, and stop")
+    made.add_argument(
+        "--traceback", action="store_true", help="show where an error was raised, not only what"
+    )
     return made
 
 
@@ -123,44 +138,47 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copies under a temporary name, then renames: a copy is whole or absent."""
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.copyfile(source, temporary)
-    temporary.replace(target)
+def keep_compiled(workdir: str | Path) -> None:
+    """Keeps compiled programs in <workdir>/compiled: a later call need not compile them again.
 
-
-def start_processes() -> None:
-    """Joins the other hosts of a pod or cluster, if this process was started as one of many.
-
-    On a cluster that JAX does not know, set JAX_NUM_PROCESSES, JAX_PROCESS_ID (0, 1, ...) and
-    JAX_COORDINATOR_ADDRESS (host:port of process 0).
+    JAX_COMPILATION_CACHE_DIR names another folder; JAX_ENABLE_COMPILATION_CACHE=false keeps none.
     """
     import jax
 
-    number = int(os.environ.get("JAX_NUM_PROCESSES", "1"))
-    if number > 1:
-        for name in ("JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS"):
-            check(name in os.environ, f"JAX_NUM_PROCESSES={number} needs {name}, too")
-        process = int(os.environ["JAX_PROCESS_ID"])
-        jax.distributed.initialize(num_processes=number, process_id=process)
-    elif (
-        "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-        or int(os.environ.get("SLURM_NTASKS", "1")) > 1
-    ):
-        jax.distributed.initialize()
+    from codellama_jax import checkpoint
+
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = checkpoint.absolute(workdir) / "compiled"
+        jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
 
 
 class refusals:
-    """Turns what a user or a machine did wrong into one sentence and exit status 2."""
+    """Turns what a user or a machine did wrong into one sentence and exit status 2.
+
+    traceback=True shows where it was raised. A signal ends with status 128 + its number.
+    """
+
+    def __init__(self, traceback: bool = False):
+        self._traceback = traceback
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind, error, _) -> None:
-        if kind is not None and issubclass(kind, ValueError | FloatingPointError | OSError):
+        if kind is None or issubclass(kind, SystemExit):
+            return
+        if issubclass(kind, stop.Stopped | KeyboardInterrupt):
+            said = f"{error}. " if str(error) else ""
+            print(f"{said}To go on: python {shlex.join(sys.argv)}", file=sys.stderr)
+            raise SystemExit(128 + getattr(error, "signum", signal.SIGINT)) from None
+        refused = issubclass(kind, ValueError | FloatingPointError | OSError)
+        if refused and not self._traceback:
             print(f"error: {error}", file=sys.stderr)
+            cluster.end(str(error), 2)
             raise SystemExit(2) from None
+        if cluster.many():
+            traceback.print_exception(error)
+            cluster.end(f"{kind.__name__}: {str(error)[:300]}. {cluster.LOST}", 1)
 
 
 def _short(count: int) -> str:

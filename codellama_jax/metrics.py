@@ -7,13 +7,14 @@ token are config.Model.flops_per_token: causal attention counted once, no recomp
 import json
 import math
 import os
+import tempfile
 import time
 from typing import Any
 
 import jax
 from etils import epath
 
-from codellama_jax import config
+from codellama_jax import config, whole
 
 PEAK_FLOPS = {  # bfloat16, per JAX device, from the makers' data sheets
     "TPU v4": 275e12,
@@ -60,8 +61,8 @@ class Record:
     def __exit__(self, *_) -> None:
         if self.writes:
             self._bar.stop()
-            self._file.close()
             self._events.close()
+            self._lines.close()
 
     def stepped(self, values: dict[str, jax.Array]) -> None:
         """Notes that a step was dispatched; reads the step before it.
@@ -132,8 +133,7 @@ class Record:
     def _write(self, step: int, values: dict[str, Any]) -> None:
         if not self.writes:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._lines.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in _flat(values).items():
             self._events.add_scalar(name, value, step)
 
@@ -141,13 +141,13 @@ class Record:
         from rich import progress
         from tensorboardX import SummaryWriter
 
-        path = self.folder / "metrics.jsonl"
-        kept = drop_after(path, self.step) if self.step else drop_after(path, -1)
+        kept = drop_after(self.folder / "metrics.jsonl", self.step if self.step else -1)
         for line in kept:
             self._tokens |= line.get("tokens", {})
-        self._file = path.open("a")
+        remote = "://" in os.fspath(self.folder)
+        self._lines = _Remote(self.folder, kept) if remote else _Local(self.folder)
         purged = self.step + 1 if self.step else 0
-        self._events = SummaryWriter(os.fspath(self.folder / "events"), purge_step=purged)
+        self._events = SummaryWriter(self._lines.events, purge_step=purged)
         self._bar = progress.Progress(
             progress.TextColumn("{task.description:<13}"),
             progress.BarColumn(bar_width=20),
@@ -160,6 +160,54 @@ class Record:
             self.stage.name, total=self.stage.steps, completed=self.step, text="compiling"
         )
         self._bar.start()
+
+
+class _Local:
+    """The files of a record on a disk: metrics.jsonl grows by a line at a time."""
+
+    def __init__(self, folder: epath.Path):
+        self.events = os.fspath(folder / "events")
+        self._file = (folder / "metrics.jsonl").open("a")
+
+    def write(self, line: str) -> None:
+        self._file.write(line)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+UPLOAD_EVERY = 30.0  # seconds
+
+
+class _Remote:
+    """The files of a record in a bucket (gs://...), where a file can be replaced but not grow.
+
+    Both are written whole from what is kept here, now and then and at the end.
+    """
+
+    def __init__(self, folder: epath.Path, kept: list[dict]):
+        self._folder = folder
+        self._text = [json.dumps(line) + "\n" for line in kept]
+        self._own = tempfile.TemporaryDirectory(prefix="codellama-events-")
+        self.events = self._own.name
+        self._uploaded = time.monotonic()
+
+    def write(self, line: str) -> None:
+        self._text.append(line)
+        if time.monotonic() - self._uploaded > UPLOAD_EVERY:
+            self._upload()
+
+    def close(self) -> None:
+        self._upload()
+        self._own.cleanup()
+
+    def _upload(self) -> None:
+        (self._folder / "metrics.jsonl").write_text("".join(self._text))
+        (self._folder / "events").mkdir(parents=True, exist_ok=True)
+        for file in epath.Path(self.events).iterdir():
+            (self._folder / "events" / file.name).write_bytes(file.read_bytes())
+        self._uploaded = time.monotonic()
 
 
 class _Clock:
@@ -189,9 +237,7 @@ def drop_after(path: epath.Path, step: int) -> list[dict]:
     if not path.exists():
         return []
     kept = [line for line in read(path.parent) if line["step"] <= step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    temporary.replace(path)
+    whole.write(path, "".join(json.dumps(line) + "\n" for line in kept))
     return kept
 
 

@@ -1,11 +1,24 @@
 """train(stage, workdir): one stage, from what lies in the workdir to its last checkpoint."""
 
-import time
+import contextlib
+import signal
 
 import jax
 from etils import epath
 
-from codellama_jax import checkpoint, config, optim, sharding, state, step
+from codellama_jax import (
+    checkpoint,
+    cluster,
+    config,
+    goodput,
+    optim,
+    sharding,
+    state,
+    step,
+    stop,
+    watchdog,
+    whole,
+)
 from codellama_jax.config import check
 from codellama_jax.data import corpus, mix
 from codellama_jax.evals import heldout
@@ -16,11 +29,13 @@ from codellama_jax.tokenizer import Tokenizer
 def train(stage: config.Stage, workdir: epath.PathLike) -> state.Params:
     """Trains `stage` in <workdir>/<stage.name> and returns its last weights.
 
-    Raises ValueError for a workdir, corpus, tokenizer or parent that does not fit the stage, and
-    FloatingPointError when the loss stops being finite.
+    Raises ValueError for a workdir, corpus, tokenizer or parent that does not fit the stage,
+    FloatingPointError when the loss stops being finite, and stop.Stopped after a signal.
     """
     workdir = checkpoint.absolute(workdir)
     folder, corpus_dir = workdir / stage.name, workdir / stage.data.corpus
+    cluster.compare(lambda: identity(stage, workdir))
+    writes = jax.process_index() == 0
 
     # -- mesh, tokenizer, workdir --------------------------------------------------------------
     mesh = sharding.make_mesh(stage.layout)
@@ -29,7 +44,11 @@ def train(stage: config.Stage, workdir: epath.PathLike) -> state.Params:
     check_fits(stage, tokenizer, mesh)
     prepare_folder(folder)
 
-    with checkpoint.Checkpoints(folder, stage.keep_checkpoints) as checkpoints:
+    with contextlib.ExitStack() as opened:
+        clock = opened.enter_context(goodput.Clock(folder, writes))
+        checkpoints = checkpoint.Checkpoints(folder, stage.keep_checkpoints)
+        opened.push(lambda *error: close(checkpoints, clock, *error))
+
         # -- state ---------------------------------------------------------------------------
         recipe = checkpoint.describe(
             stage, tokenizer.fingerprint, corpus.open(corpus_dir, tokenizer).fingerprint
@@ -38,43 +57,87 @@ def train(stage: config.Stage, workdir: epath.PathLike) -> state.Params:
         keep_tokenizer(tokenizer, folder)
         start = int(train_state.step)
         if start == stage.steps:
-            if jax.process_index() == 0:
+            clock.writes = False
+            if writes:
                 print(f"{stage.name:<13} is done: {start:,} steps, in {folder}", flush=True)
             return train_state.params
 
         # -- data ----------------------------------------------------------------------------
+        index, count = cluster.share(mesh)
         batches = mix.batches(
             stage.data,
             corpus_dir,
             tokenizer,
             steps=stage.steps,
             start_step=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=index,
+            process_count=count,
         )
         judge = heldout.Judge(stage, corpus_dir, tokenizer, mesh)
 
         # -- loop ----------------------------------------------------------------------------
         train_step = jax.jit(step.make_train_step(stage, platform), donate_argnums=0)
-        with Record(folder, stage, start, list(mesh.devices.flat)) as record, jax.set_mesh(mesh):
-            record.tell(opening(stage, mesh, start))
-            if start == 0:
-                evaluate(judge, train_state.params, record)
-            for host_batch in batches:
-                now = record.step + 1
-                profile(stage, folder, start, now, train_state)
-                batch = sharding.global_batch(host_batch, mesh)
+        record = opened.enter_context(Record(folder, stage, start, list(mesh.devices.flat)))
+        opened.enter_context(jax.set_mesh(mesh))
+        signals = opened.enter_context(stop.Signals())
+        dog = opened.enter_context(watchdog.Watchdog(stage.name, start, stage.stuck_after))
+        record.tell(opening(stage, mesh, start))
+        clock.starts(start)
+        if start == 0:
+            evaluate(judge, train_state.params, record, clock)
+        for now in range(start + 1, stage.steps + 1):
+            with clock.spends("data"):
+                host_batch = next(batches)
+            profile(stage, folder, start, now, train_state)
+            batch = sharding.global_batch(host_batch, mesh)
+            with clock.spends("compile") if now == start + 1 else contextlib.nullcontext():
                 train_state, values = train_step(train_state, batch)
-                record.stepped(values)
-                last = now == stage.steps
-                due = now % stage.save_every == 0 or checkpoints.must_save(now)
-                if last or due or now % stage.eval_every == 0:
-                    record.flush()  # a state whose loss was not finite is never kept
-                if last or now % stage.eval_every == 0:
-                    evaluate(judge, train_state.params, record)
-                if last or due:
+            record.stepped(values)
+            last, told = now == stage.steps, told_to_stop(signals, checkpoints, now)
+            due = now % stage.save_every == 0 or told
+            if last or due or now % stage.eval_every == 0:
+                record.flush()  # a state whose loss was not finite is never kept
+            if last or now % stage.eval_every == 0:
+                evaluate(judge, train_state.params, record, clock)
+            if last or due:
+                with clock.spends("checkpoint"):
                     checkpoints.save(train_state, recipe)
+            dog.ended(now)
+            clock.ended(now)
+            if told:
+                raise stop.Stopped(
+                    f"{stage.name:<13} ends at step {now:,} of {stage.steps:,} by "
+                    f"{signal.Signals(told).name}; its checkpoint is {folder / str(now)}",
+                    told,
+                )
+    if writes:
+        print(
+            f"{stage.name:<13} {goodput.words(goodput.summary(goodput.read(folder)))}", flush=True
+        )
     return train_state.params
+
+
+def close(checkpoints: checkpoint.Checkpoints, clock: goodput.Clock, *error) -> None:
+    """Waits for the checkpoints that are still being written."""
+    with clock.spends("checkpoint"):
+        checkpoints.__exit__(*error)
+
+
+def told_to_stop(signals: stop.Signals, checkpoints: checkpoint.Checkpoints, now: int) -> int:
+    """The signal after which this step is to be the last one, or 0. On all processes the same."""
+    if jax.process_count() > 1:
+        return signal.SIGTERM if checkpoints.must_save(now) else 0
+    return signals.first or 0
+
+
+def identity(stage: config.Stage, workdir: epath.Path) -> dict[str, object]:
+    """What must be the same on all processes of a run, by name."""
+    tokenizer = Tokenizer(workdir / stage.data.tokenizer)
+    folder = corpus.open(workdir / stage.data.corpus, tokenizer)
+    recipe = checkpoint.describe(stage, tokenizer.fingerprint, folder.fingerprint)
+    own = ("stage.data.corpus", "stage.data.tokenizer")  # each may have a copy of its own
+    said = checkpoint.flat(recipe) | cluster.machine()
+    return {name: value for name, value in said.items() if name not in own}
 
 
 def first_state(
@@ -118,9 +181,13 @@ def first_state(
     return state.random_state(stage.model, tx, mesh, stage.seed)
 
 
-def evaluate(judge: heldout.Judge, params: state.Params, record: Record) -> None:
-    began = time.monotonic()
-    record.evaluated(judge(params), time.monotonic() - began)
+def evaluate(
+    judge: heldout.Judge, params: state.Params, record: Record, clock: goodput.Clock
+) -> None:
+    before = clock.spent["evaluation"]
+    with clock.spends("evaluation"):
+        losses = judge(params)
+    record.evaluated(losses, clock.spent["evaluation"] - before)
 
 
 def opening(stage: config.Stage, mesh: jax.sharding.Mesh, start: int) -> str:
@@ -193,6 +260,4 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: epath.Path) -> None:
     if jax.process_index() != 0:
         return
     for name, content in tokenizer.files().items():
-        temporary = folder / f"{name}.tmp"
-        temporary.write_bytes(content)
-        temporary.replace(folder / name)
+        whole.write(folder / name, content)

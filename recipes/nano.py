@@ -134,7 +134,7 @@ def layout(seq_len: int, batch_tokens: int) -> Layout:
 # -- the program ---------------------------------------------------------------------------------
 def main() -> None:
     args = arguments()
-    with launch.refusals():
+    with launch.refusals(args.traceback):
         if args.list:
             launch.show("nano", launch.changed(stages(), args.set))
             return
@@ -142,6 +142,7 @@ def main() -> None:
         use_cpu()
         workdir = Path(args.workdir)
         launch.make_folder(workdir)
+        launch.keep_compiled(workdir)
         tokenizer = prepare(workdir, args.code_dir, args.tokenizer)
         plan = stages(tokenizer.vocab_size)
         if args.stage:
@@ -149,10 +150,12 @@ def main() -> None:
         plan = launch.changed(plan, args.set)
         chosen = list(plan.values())
         print(forecast(chosen), flush=True)
-        from codellama_jax import train
+        from codellama_jax import goodput, train
 
+        trains = time.monotonic()
         for stage in chosen:
             train.train(stage, workdir)
+        began += time.monotonic() - trains - goodput.seconds(workdir, list(plan))
         if not args.stage:
             finish(plan, workdir, tokenizer, began)
 
@@ -183,7 +186,7 @@ def use_cpu() -> None:
 
 def prepare(workdir: Path, code_dirs: list[str], tokenizer_file: str | None):
     """The tokenizer and the corpus of the run; made once, then found."""
-    from codellama_jax import tokenizer
+    from codellama_jax import tokenizer, whole
     from codellama_jax.data import pipeline, sources
     from codellama_jax.data.inputs import Input
 
@@ -209,7 +212,7 @@ def prepare(workdir: Path, code_dirs: list[str], tokenizer_file: str | None):
                 f"{workdir} was made with another tokenizer than {tokenizer_file}; "
                 "use another --workdir",
             )
-        launch.copy_file(theirs.path, path)
+        whole.write(path, Path(theirs.path).read_bytes())
     made = tokenizer.Tokenizer(path)
     prepared = pipeline.prepare(folder, made, request)
     counts = [

@@ -262,6 +262,36 @@ def test_a_stage_does_not_go_on_from_damaged_moments(saved, tmp_path):
     checkpoint.load(tmp_path / "code")  # the weights are sound
 
 
+# -- bits that changed ---------------------------------------------------------------------------
+def test_checksums_do_not_depend_on_the_mesh_and_see_one_bit():
+    trees = [at(3, **axes)._asdict() for axes in ({}, {"fsdp": 4, "tensor": 2}, {"data": 2})]
+    sums = [checkpoint.checksums(tree) for tree in trees]
+    assert sums[0] == sums[1] == sums[2]
+    one = {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    other, swapped = (one["w"].copy() for _ in range(2))
+    other.view(np.uint32)[1, 2] ^= 1
+    swapped[0, 1], swapped[1, 0] = one["w"][1, 0], one["w"][0, 1]
+    assert len({checkpoint.checksums({"w": w})["w"] for w in (one["w"], other, swapped)}) == 3
+    half = {"w": one["w"].astype(jnp.bfloat16), "count": np.int32(7)}
+    assert set(checkpoint.checksums(half)) == {"w", "count"}
+
+
+def test_a_checkpoint_with_other_bits_than_were_written_is_refused(saved, tmp_path):
+    folder = shutil.copytree(saved / "3", tmp_path / "code" / "3")
+    path = folder / "recipe" / "metadata"
+    recipe = json.loads(path.read_text())
+    recipe["checksums"]["params.norm"] ^= 1
+    recipe["checksums"]["opt_state.1.mu.norm"] ^= 1
+    path.write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match="code/3 is damaged: params.norm hold.*restore it from"):
+        checkpoint.load(folder)
+    checkpoint.load(folder, dtype=jnp.bfloat16)  # cast while read: there is nothing to compare
+    abstract = state.abstract_state(tiny.MODEL, TX, tiny.mesh())
+    with checkpoint.Checkpoints(tmp_path / "code", keep=10) as checkpoints:
+        with pytest.raises(ValueError, match="damaged: opt_state.1.mu.norm, params.norm hold"):
+            checkpoints.restore(abstract)
+
+
 # -- refusals ------------------------------------------------------------------------------------
 def same(stage, *, tokenizer="a" * 64, corpus="c" * 64):
     saved = RECIPE | {"model": tiny.MODEL}

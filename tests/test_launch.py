@@ -1,3 +1,4 @@
+import signal
 import sys
 from dataclasses import replace
 
@@ -5,7 +6,7 @@ import jax
 import pytest
 import spine_fixture as tiny
 
-from codellama_jax import config, launch, train
+from codellama_jax import cluster, config, launch, stop, train
 
 
 def stages(size: str) -> launch.Stages:
@@ -25,8 +26,9 @@ def run(monkeypatch):
     """Runs the command line with these arguments; returns what was given to train()."""
     given = []
     monkeypatch.setattr(train, "train", lambda *args: given.append(args))
-    for name in ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "TPU_WORKER_HOSTNAMES"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cluster, "join", lambda _: None)
+    monkeypatch.setattr(launch, "keep_compiled", lambda _: None)
+    monkeypatch.setattr(launch.faulthandler, "enable", lambda: None)
 
     def main(*arguments: str):
         monkeypatch.setattr(sys, "argv", ["recipe.py", *arguments])
@@ -72,7 +74,7 @@ def test_a_stage_is_laid_out_for_a_slice_and_still_takes_settings(run):
         ),
         ((*CHOSEN, "--set", "steps"), "error: --set 'steps' is not of the form field=value"),
         ((*CHOSEN, "--set", "stepz=3"), "error: Stage has no field 'stepz'; did you mean 'steps'?"),
-        ((*CHOSEN, "--set", "steps=x"), "error: steps='x' is not a int"),
+        ((*CHOSEN, "--set", "steps=x"), "error: steps='x' is not a whole number"),
         ((*CHOSEN, "--set", "steps=0"), "error: steps=0 must be positive"),
         (
             (*CHOSEN, "--slice", "v6e:2x2"),
@@ -129,19 +131,51 @@ def test_our_own_mistakes_keep_their_traceback():
             raise KeyError("ours")
 
 
+def test_where_an_error_was_raised_is_shown_on_request(run):
+    with pytest.raises(ValueError, match="steps='x' is not a whole number"):
+        run(*CHOSEN, "--set", "steps=x", "--traceback")
+
+
+@pytest.mark.parametrize(
+    "error, status, said",
+    [
+        (stop.Stopped("saved at step 3", signal.SIGTERM), "143", "saved at step 3. To go on: "),
+        (KeyboardInterrupt(), "130", "To go on: "),
+    ],
+)
+def test_a_run_that_was_told_to_end_says_how_to_go_on(error, status, said, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipes/nano.py", "--set", "data.mix={}"])
+    with pytest.raises(SystemExit, match=status):
+        with launch.refusals():
+            raise error
+    printed = capsys.readouterr().err
+    assert printed == f"{said}python recipes/nano.py --set 'data.mix={{}}'\n"
+
+
 # -- processes -----------------------------------------------------------------------------------
 @pytest.fixture
 def joined(monkeypatch):
-    """How jax.distributed.initialize was called by start_processes in this environment."""
+    """How jax.distributed.initialize was called by cluster.join in this environment."""
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **how: calls.append(how))
+
+    def initialize(**how):
+        calls.append({name: how[name] for name in how if name != "initialization_timeout"})
+        if not how.get("num_processes"):
+            raise ValueError("coordinator_address should be defined.")  # as JAX says of no cluster
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(cluster, "_line", None)
+    monkeypatch.setattr(cluster.atexit, "register", lambda _: None)
 
     def start(**environment: str):
-        for name in ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "TPU_WORKER_HOSTNAMES"):
+        for name in (*cluster.BY_HAND, "SLURM_NTASKS"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        launch.start_processes()
+        try:
+            cluster.join(300)
+        finally:
+            cluster.leave()
         return calls
 
     return start
@@ -150,11 +184,10 @@ def joined(monkeypatch):
 @pytest.mark.parametrize(
     "environment, calls",
     [
-        ({}, []),
+        ({}, [{}]),  # asks JAX, which finds none
         ({"SLURM_NTASKS": "1"}, []),
         ({"SLURM_NTASKS": "4"}, [{}]),
-        ({"TPU_WORKER_HOSTNAMES": "host-0"}, []),
-        ({"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, [{}]),
+        ({"JAX_NUM_PROCESSES": "1"}, []),
         (
             {
                 "JAX_NUM_PROCESSES": "2",
@@ -172,3 +205,60 @@ def test_one_of_many_processes_joins_the_others(joined, environment, calls):
 def test_processes_started_by_hand_need_all_three_variables(joined):
     with pytest.raises(ValueError, match="JAX_NUM_PROCESSES=2 needs JAX_PROCESS_ID, too"):
         joined(JAX_NUM_PROCESSES="2")
+
+
+@pytest.mark.parametrize(
+    "environment, method, found",
+    [
+        (
+            {
+                "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[03-05],b", "SLURM_NTASKS": "8",
+                "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
+            },
+            "slurm",
+            ("node03:61447", 8, 5),
+        ),
+        (
+            {"TPU_WORKER_HOSTNAMES": "localhost,b,c", "TPU_WORKER_ID": "2"},
+            "gketpu",
+            ("localhost:8482", 3, 2),
+        ),
+        (
+            {
+                "TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1", "MEGASCALE_NUM_SLICES": "2",
+                "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "localhost:80",
+            },
+            "gketpu",
+            ("localhost:8482", 4, 3),
+        ),
+    ],
+)  # fmt: skip
+def test_jax_itself_finds_the_processes_of_a_cluster(monkeypatch, environment, method, found):
+    """What join leaves to JAX: it has to stay true with the next version of JAX."""
+    from jax._src import cloud_tpu_init, clusters
+    from jax._src.clusters import cloud_tpu_cluster
+
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if method == "gketpu":
+        monkeypatch.delenv("TPU_PROCESS_ADDRESSES", raising=False)
+        for module in (cloud_tpu_init, cloud_tpu_cluster):
+            monkeypatch.setattr(module, "running_in_cloud_tpu_vm", True)
+        # asked of the machine where the environment does not say
+        monkeypatch.setattr(cloud_tpu_cluster, "get_tpu_env_value", environment.get)
+    address, count, number, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        None, None, None, None, None, 300
+    )
+    assert (address, count, number) == found
+
+
+def test_programs_are_kept_in_the_workdir_unless_the_user_says_where(monkeypatch, tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        launch.keep_compiled(tmp_path)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled")
+        launch.keep_compiled(tmp_path / "other")
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

@@ -1,11 +1,13 @@
 import json
 import struct
+import time
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 import spine_fixture as tiny
+from etils import epath
 
 from codellama_jax import metrics
 from codellama_jax.config import SIZES
@@ -163,6 +165,61 @@ def test_a_log_file_gets_a_line_per_logged_step(tmp_path, capsys):
         "4/10",
     ]
     assert "loss 2.345  grad norm 0.50  lr 1.0e-03" in printed[1]
+
+
+# -- in a bucket ---------------------------------------------------------------------------------
+@pytest.fixture
+def bucket(monkeypatch):
+    """gs:// in memory, where files can be written but not appended to, as in object stores."""
+    pytest.importorskip("fsspec")
+    from etils.epath import backend, gpath
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Bucket(MemoryFileSystem):
+        protocol = ("gs",)
+        store, pseudo_dirs = {}, [""]
+
+        def _open(self, path, mode="rb", **how):
+            if "a" in mode:
+                raise NotImplementedError("objects cannot be appended to")
+            return super()._open(path, mode, **how)
+
+    files = Bucket(skip_instance_cache=True)
+    monkeypatch.setattr(backend._FileSystemSpecBackend, "fs", lambda *_: files)
+    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
+    return epath.Path("gs://bucket/run/code")
+
+
+def test_a_record_in_a_bucket_is_the_one_on_a_disk(bucket, tmp_path):
+    for folder in (tmp_path / "code", bucket):
+        folder.mkdir(parents=True)
+        with record(folder) as lines:
+            for _ in range(4):
+                lines.stepped(values())
+            lines.flush()
+        time.sleep(1.1)  # TensorBoard's files are named by the second
+        with record(folder, start=2) as lines:
+            lines.stepped(values(loss=7.0))
+            lines.evaluated({"heldout": {"code": 3.0}}, seconds=1.0)
+            lines.flush()
+    keep = [{**line, "tokens_per_second": None} for line in metrics.read(bucket)]
+    want = [{**line, "tokens_per_second": None} for line in metrics.read(tmp_path / "code")]
+    assert keep == want and [line["step"] for line in keep] == [2, 3, 3]
+    events = tmp_path / "events"
+    events.mkdir()
+    for file in (bucket / "events").iterdir():
+        (events / file.name).write_bytes(file.read_bytes())
+    assert {(2, "loss", 1.0), (3, "loss", 7.0), (3, "heldout/code", 3.0)} <= set(scalars(events))
+
+
+def test_a_record_in_a_bucket_is_written_now_and_then(bucket, monkeypatch):
+    bucket.mkdir(parents=True)
+    with record(bucket) as lines:
+        lines.evaluated({"heldout": {"code": 3.0}}, seconds=1.0)
+        assert not (bucket / "metrics.jsonl").exists()
+        monkeypatch.setattr(metrics, "UPLOAD_EVERY", 0.0)
+        lines.evaluated({"heldout": {"code": 2.0}}, seconds=1.0)
+        assert len(metrics.read(bucket)) == 2
 
 
 # -- TensorBoard ---------------------------------------------------------------------------------

@@ -1,15 +1,10 @@
 """The whole system on a tiny corpus: stages, kills, resumes, refusals."""
 
-import json
 import math
 import os
 import random
 import shutil
-import socket
-import subprocess
-import sys
 import tempfile
-import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +14,15 @@ import jax
 import numpy as np
 import pytest
 import spine_fixture as tiny
+from stage_process import (
+    KEEP_PROGRAMS,
+    assert_equal,
+    code_stage,
+    lines,
+    new_workdir,
+    start,
+    weights,
+)
 
 from codellama_jax import checkpoint, config, metrics, state, train
 from codellama_jax.data import mix
@@ -30,42 +34,14 @@ TESTS = Path(__file__).parent
 def compiled_programs(tmp_path_factory):
     """Programs that were compiled once in this file, kept: stages run many times here."""
     folder = str(tmp_path_factory.mktemp("programs"))
-    before = {name: getattr(jax.config, name) for name in _KEEP}
-    for name, value in (_KEEP | {"jax_compilation_cache_dir": folder}).items():
+    before = {name: getattr(jax.config, name) for name in KEEP_PROGRAMS}
+    for name, value in (KEEP_PROGRAMS | {"jax_compilation_cache_dir": folder}).items():
         jax.config.update(name, value)
     jax.experimental.compilation_cache.compilation_cache.reset_cache()
     yield folder
     for name, value in before.items():
         jax.config.update(name, value)
     jax.experimental.compilation_cache.compilation_cache.reset_cache()
-
-
-_KEEP = {
-    "jax_compilation_cache_dir": None,
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-}
-
-
-def new_workdir(folder: Path) -> Path:
-    """A workdir with the tokenizer of the tiny corpus."""
-    folder.mkdir(parents=True)
-    shutil.copy(corpus_fixture.tokenizer().path, folder / "tokenizer.model")
-    return folder
-
-
-def code_stage(**changes) -> config.Stage:
-    model = replace(tiny.MODEL, vocab_size=corpus_fixture.tokenizer().vocab_size, max_seq_len=128)
-    settings = {
-        "model": model,
-        "data": corpus_fixture.data(corpus=str(corpus_fixture.prepared().folder)),
-        "steps": 12,
-        "log_every": 1,
-        "save_every": 5,
-        "eval_every": 6,
-        "eval_rows": 8,
-    }
-    return tiny.stage(**settings | changes)
 
 
 def long_stage(**changes) -> config.Stage:
@@ -89,23 +65,6 @@ def finished(tmp_path_factory) -> Path:
     for stage in (code_stage(), long_stage()):
         train.train(stage, workdir)
     return workdir
-
-
-def lines(folder: Path) -> list[dict]:
-    """metrics.jsonl without the times it took."""
-    return [
-        {k: v for k, v in line.items() if k not in ("tokens_per_second", "mfu")}
-        for line in metrics.read(folder)
-    ]
-
-
-def weights(folder: Path) -> dict:
-    return checkpoint.load(folder)[1]
-
-
-def assert_equal(got, want):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 # -- two stages ----------------------------------------------------------------------------------
@@ -205,34 +164,6 @@ def test_a_stage_goes_on_on_other_devices(finished, tmp_path, monkeypatch):
             assert got["tokens"] == want["tokens"]
 
 
-PROGRAM = """
-    import json, sys
-    sys.path.insert(0, {tests!r})
-    import conftest
-    from codellama_jax import config, launch, train
-    launch.start_processes()
-    stage = config.from_json(config.Stage, json.loads({stage!r}))
-    train.train(stage, {workdir!r})
-"""
-
-
-def start(
-    stage: config.Stage, workdir: Path, programs: str, log: Path, **environment: str
-) -> subprocess.Popen:
-    """The stage in a process of its own."""
-    text = PROGRAM.format(
-        tests=str(TESTS), stage=json.dumps(config.to_json(stage)), workdir=str(workdir)
-    )
-    keep = {name.upper(): str(value) for name, value in _KEEP.items()}
-    with log.open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(text)],
-            env=os.environ | keep | {"JAX_COMPILATION_CACHE_DIR": programs} | environment,
-            stdout=output,
-            stderr=output,
-        )
-
-
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
     finished, tmp_path, compiled_programs
@@ -255,37 +186,6 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
     assert lines(workdir / "code") == lines(finished / "code")
     assert_equal(weights(workdir / "code"), weights(finished / "code"))
     assert not list((workdir / "code").rglob("*tmp*"))
-
-
-@pytest.mark.slow
-def test_two_hosts_train_what_one_does(finished, tmp_path, compiled_programs):
-    workdir, log = new_workdir(tmp_path / "workdir"), tmp_path / "log"
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    hosts = [
-        start(
-            code_stage(),
-            workdir,
-            compiled_programs,
-            log,
-            JAX_NUM_PROCESSES="2",
-            JAX_PROCESS_ID=str(number),
-            JAX_COORDINATOR_ADDRESS=address,
-            XLA_FLAGS="--xla_force_host_platform_device_count=1",  # the last one counts
-        )
-        for number in range(2)
-    ]
-    try:
-        assert [host.wait(300) for host in hosts] == [0, 0], log.read_text()[-3_000:]
-    finally:
-        for host in hosts:
-            host.kill()
-    for got, want in zip(lines(workdir / "code"), lines(finished / "code"), strict=True):
-        assert got["step"] == want["step"]
-        assert got.get("tokens") == want.get("tokens")  # of both hosts
-        if "loss" in want:
-            assert got["loss"] == pytest.approx(want["loss"], rel=1e-4)
 
 
 def _progress(workdir: Path) -> int:

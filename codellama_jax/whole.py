@@ -1,0 +1,11 @@
+"""Files that are whole or absent, whenever the process that writes them is killed."""
+
+from etils import epath
+
+
+def write(path: epath.PathLike, content: bytes | str) -> None:
+    """Writes under a temporary name, then renames."""
+    path = epath.Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    temporary.replace(path)

@@ -1,0 +1,212 @@
+"""Many processes, for real: what they train, how they end, and what the next ones find."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import stage_process as own
+from stage_process import assert_equal, code_stage, ended, lines, new_workdir, weights
+
+from codellama_jax import checkpoint, cluster, goodput, train, watchdog
+
+STEPS = 30
+
+
+def stage(**changes):
+    plain = replace(code_stage().data, infilling_rate=0.0)  # a program less to compile
+    settings = {"steps": STEPS, "save_every": 4, "eval_every": 15, "data": plain}
+    return code_stage(**settings | changes)
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """A folder for compiled programs, so that processes need not compile what others did."""
+    return str(tmp_path_factory.mktemp("programs"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The stage trained by one process without interruption; to be read only."""
+    workdir = new_workdir(tmp_path_factory.mktemp("alone") / "workdir")
+    train.train(stage(), workdir)
+    return workdir
+
+
+def start(number: int, what, workdir, programs, *, devices=2, only=None, wait=own.TIMEOUT, **told):
+    """`number` processes with `devices` each; returns them with their logs, to be read later.
+
+    only: the processes that are started. told: environment of one of them, as p0={...}.
+    """
+    address, begun, logs = f"localhost:{own.free_ports()}", [], []
+    for process in range(number) if only is None else only:
+        environment = {
+            "JAX_NUM_PROCESSES": str(number),
+            "JAX_PROCESS_ID": str(process),
+            "JAX_COORDINATOR_ADDRESS": address,
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",  # the last one counts
+            **told.get(f"p{process}", {}),
+        }
+        logs.append(workdir.parent / f"log-{len(list(workdir.parent.iterdir()))}-{process}")
+        chosen = what[process] if isinstance(what, list) else what
+        begun.append(own.start(chosen, workdir, programs, logs[-1], wait, **environment))
+    return begun, logs
+
+
+def texts(logs: list[Path]) -> str:
+    return "\n".join(f"--- {log.name}\n{log.read_text()[-3_000:]}" for log in logs)
+
+
+def assert_as_alone(folder: Path, alone: Path):
+    """The same data exactly, the same losses up to the order of float32 sums."""
+    for got, want in zip(lines(folder), lines(alone / "code"), strict=True):
+        assert got["step"] == want["step"]
+        assert got.get("tokens") == want.get("tokens")
+        if "loss" in want:
+            assert got["loss"] == pytest.approx(want["loss"], rel=1e-3)
+
+
+# -- one process ---------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_a_signal_saves_first_and_the_run_goes_on_bit_for_bit(alone, programs, tmp_path):
+    workdir, log = new_workdir(tmp_path / "workdir"), tmp_path / "log"
+    first = own.start(stage(), workdir, programs, log, SIGNAL_AT="6:SIGTERM")
+    assert ended([first]) == [128 + signal.SIGTERM], log.read_text()[-3_000:]
+    step = int(checkpoint.find(workdir / "code").name)
+    assert 6 <= step < STEPS
+    last = log.read_text().splitlines()[-1]
+    assert f"ends at step {step} of {STEPS} by SIGTERM; its checkpoint is {workdir}" in last
+    assert "To go on: python " in last and "stage_process.py" in last
+    assert ended([own.start(stage(), workdir, programs, log)]) == [0], log.read_text()[-3_000:]
+    assert lines(workdir / "code") == lines(alone / "code")
+    assert_equal(weights(workdir / "code"), weights(alone / "code"))
+    calls = goodput.read(workdir / "code")
+    assert [(call.first_step, call.last_step) for call in calls] == [(0, step), (step, STEPS)]
+
+
+# -- many ----------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_four_processes_then_two_then_one_train_what_one_does(alone, programs, tmp_path):
+    """Each but the last is told to stop by a signal to one of its processes."""
+    workdir = new_workdir(tmp_path / "workdir")
+    for number, at in ((4, 3), (2, 17)):
+        told = {f"p{number - 1}": {"SIGNAL_AT": f"{at}:SIGTERM"}}
+        processes, logs = start(number, stage(), workdir, programs, **told)
+        codes = ended(processes)
+        assert codes == [128 + signal.SIGTERM] * number, texts(logs)
+        step = int(checkpoint.find(workdir / "code").name)
+        assert at <= step < STEPS
+        assert all(f"ends at step {step} of {STEPS} by SIGTERM" in x.read_text() for x in logs)
+    log = tmp_path / "log"
+    assert ended([own.start(stage(), workdir, programs, log)]) == [0], log.read_text()[-3_000:]
+    assert_as_alone(workdir / "code", alone)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_the_restart_is_bit_for_bit(alone, programs, tmp_path):
+    """A row is split over both processes: they read the same rows."""
+    split = stage(layout={"tensor": 2})
+    whole, killed = (new_workdir(tmp_path / name / "workdir") for name in ("whole", "killed"))
+    processes, logs = start(2, split, whole, programs, devices=1)
+    assert ended(processes) == [0, 0], texts(logs)
+    assert_as_alone(whole / "code", alone)
+    told = {"p1": {"SIGNAL_AT": "10:SIGKILL"}}
+    processes, logs = start(2, split, killed, programs, devices=1, **told)
+    survivor, victim = ended(processes)
+    assert victim == -signal.SIGKILL and survivor not in (0, -signal.SIGKILL), texts(logs)
+    assert "process 1 of 2 on " in logs[0].read_text(), texts(logs)
+    assert "ended without a word. The last checkpoint is sound" in logs[0].read_text()
+    processes, logs = start(2, split, killed, programs, devices=1)
+    assert ended(processes) == [0, 0], texts(logs)
+    assert lines(killed / "code") == lines(whole / "code")
+    assert_equal(weights(killed / "code"), weights(whole / "code"))
+    assert goodput.summary(goodput.read(killed / "code")).calls == 2
+
+
+# -- refusals ------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_a_host_that_is_missing_is_named(programs, tmp_path):
+    workdir = new_workdir(tmp_path / "workdir")
+    processes, logs = start(3, stage(), workdir, programs, only=(0, 2), wait=40)
+    assert ended(processes) == [1, 1], texts(logs)
+    said = logs[0].read_text()
+    assert "processes did not arrive within 40 s: 1" in said and "There are process 0 on" in said
+
+
+@pytest.mark.slow
+def test_processes_that_differ_stop_and_say_in_what(programs, tmp_path):
+    workdir = new_workdir(tmp_path / "workdir")
+    other = stage()
+    other = replace(
+        other, optim=replace(other.optim, peak_lr=0.5), data=replace(other.data, seed=3)
+    )
+    processes, logs = start(2, [stage(), other], workdir, programs, devices=1)
+    assert set(ended(processes)) <= {1, 2}, texts(logs)
+    assert any("error: the processes of this run do not agree: " in x.read_text() for x in logs)
+    for log in logs:
+        assert "stage.optim.peak_lr is 0.5 on " in log.read_text(), texts(logs)
+    assert not (workdir / "code").exists()
+
+
+# -- in this process -----------------------------------------------------------------------------
+def test_a_second_signal_ends_at_once_though_the_main_thread_is_busy():
+    text = """
+        import hashlib, sys
+        sys.path.insert(0, sys.argv[1])
+        from codellama_jax import stop
+        with stop.Signals():
+            print("ready", flush=True)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # runs no Python until it is done
+    """
+    run = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(text), str(Path(__file__).parents[1])],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert run.stdout.readline() == "ready\n"
+        run.send_signal(signal.SIGTERM)
+        assert "SIGTERM: ends after this step, with a checkpoint" in run.stderr.readline()
+        run.send_signal(signal.SIGINT)
+        assert run.wait(own.TIMEOUT) == 128 + signal.SIGINT
+        assert "SIGINT again: ends at once" in run.stderr.read()
+    finally:
+        run.kill()
+        run.communicate()
+
+
+def test_the_stacks_of_a_step_that_does_not_end_are_shown(capfd):
+    with watchdog.Watchdog("code", 6, seconds=0.2) as dog:
+        dog.ended(7)
+        seen = ""
+        while "Current thread" not in seen:  # a timeout of the test would be its failure
+            seen += capfd.readouterr().err
+        while "test_the_stacks_of_a_step" not in seen:
+            seen += capfd.readouterr().err
+    assert "stage 'code': the step after 7 has not ended for " in seen
+    assert "process 0 of 1 on " in seen
+
+
+def test_steps_that_end_in_time_are_not_reported(capfd):
+    with watchdog.Watchdog("code", 0, seconds=3_600) as dog:
+        for step in range(3):
+            dog.ended(step)
+    assert capfd.readouterr().err == ""
+
+
+def test_what_processes_say_otherwise_than_the_first_is_listed():
+    hosts = ["a", "b", "c"]
+    said = [{"jax": "1", "code": "x"}, {"jax": "2", "code": "x"}, {"jax": "1"}]
+    assert cluster.differing(hosts, said) == [
+        "code is None on c (process 2), x on a (process 0)",
+        "jax is 2 on b (process 1), 1 on a (process 0)",
+    ]
+    assert cluster.differing(hosts, [said[0]] * 3) == []
+    broken = [said[0], {"": "there is no corpus"}, said[0]]
+    assert cluster.differing(hosts, broken) == ["process 1 on b: there is no corpus"]
