@@ -40,7 +40,10 @@ def row(size: str, report: plan.Report) -> dict:
 # -- reading and writing -------------------------------------------------------------------------
 def record(folder: Path, new: dict) -> None:
     """Puts a row into folder/pods.json and the table of folder/pods.md."""
-    rows = [old for old in read(folder) if key(old) != key(new)] + [new]
+    others = [old for old in read(folder) if key(old) != key(new)]
+    if any(old.get("in_ci") for old in read(folder) if key(old) == key(new)):
+        new = new | {"in_ci": True}  # marked by hand: tests compile these cells
+    rows = [*others, new]
     rows.sort(key=lambda row: (list(config.SIZES).index(row["size"]), *key(row)[1:]))
     text = (folder / "pods.md").read_text()
     before, rest = text.split(BEGIN)

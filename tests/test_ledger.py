@@ -125,7 +125,12 @@ needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="libtpu is not installed: pip install 'codellama_jax[aot]'",
 )
-LAID_OUT = list(plan_pod.laid_out_stages())
+TWINS = {
+    twins.name_of(stage, size, str(w)): (stage, w) for size, stage, w in plan_pod.laid_out_stages()
+}
+CI_CELLS = [  # real ones, as their code stands
+    row for row in ledger.read(DOCS) if row.get("in_ci")
+]
 
 
 def test_a_twin_that_needs_more_is_refused():
@@ -142,33 +147,23 @@ def test_a_twin_that_needs_more_is_refused():
 
 @pytest.mark.slow
 @needs_libtpu
-@pytest.mark.parametrize(
-    "size, stage, where", LAID_OUT, ids=[twins.name_of(s, n, str(w)) for n, s, w in LAID_OUT]
-)
-def test_the_twin_of_every_layout_compiles_and_needs_no_more_than_before(
-    size, stage, where, tmp_path
-):
-    name = twins.name_of(stage, size, str(where))
-    twins.compare(name, twins.needs(stage, where, tmp_path), twins.read(DOCS).get(name))
+@pytest.mark.parametrize("name", [name for name in TWINS if name in twins.read(DOCS)])
+def test_the_twin_of_a_layout_compiles_and_needs_no_more_than_before(name, tmp_path):
+    twins.compare(name, twins.needs(*TWINS[name], tmp_path), twins.read(DOCS)[name])
 
 
 @pytest.mark.slow
 @needs_libtpu
-@pytest.mark.parametrize(
-    "size, name, where", [("7b", "code", "v5e:16x16"), ("34b", "long_context", "v5e:16x16")]
-)
-def test_a_real_cell_needs_no_more_than_in_the_ledger(size, name, where, tmp_path):
-    stage = code_llama.stages(size)[name]
-    stage = replace(stage, layout=code_llama.layouts(stage, size)[where])
-    report = plan.plan(stage, chips.Slice.parse(where), cache=tmp_path)
-    row = ledger.find(DOCS, size, stage, where, stage.layout)
-    assert report["memory"]["arguments"] * 2**30 * 256 == pytest.approx(
-        12 * stage.model.num_params, rel=0.02
-    )
+@pytest.mark.parametrize("row", CI_CELLS, ids=lambda row: f"{row['size']}-{row['slice']}")
+def test_a_real_cell_needs_no_more_than_in_the_ledger(row, tmp_path):
+    size, where = row["size"], chips.Slice.parse(row["slice"])
+    stage = code_llama.stages(size)[row["stage"]]
+    stage = replace(stage, layout=code_llama.layouts(stage, size)[row["slice"]])
+    report = plan.plan(stage, where, cache=tmp_path)
+    state = 12 * stage.model.num_params / where.devices
+    assert report["memory"]["arguments"] * 2**30 == pytest.approx(state, rel=0.02)
     assert report["memory"]["headroom"] >= plan.HEADROOM
     assert {each["kind"] for each in report["time"]["collectives"]} <= set(schedule.KINDS)
     if (row["jax"], row["libtpu"]) == (report["compiled"]["jax"], report["compiled"]["libtpu"]):
         ledger.compare(DOCS, ledger.row(size, report))
-    assert json.loads(json.dumps(report)) == plan.plan(
-        stage, chips.Slice.parse(where), cache=tmp_path
-    )
+    assert json.loads(json.dumps(report)) == plan.plan(stage, where, cache=tmp_path)
