@@ -119,28 +119,37 @@ def test_a_run_that_was_interrupted_goes_on(prepared, sources, tmp_path, kill_at
     assert content(again.folder) == content(prepared.folder)
 
 
-def children(pid: int) -> list[str]:
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    return path.read_text().split() if path.exists() else []
+KILLED = """
+import multiprocessing, os, runpy, signal, sys
+from codellama_jax.data import pipeline
+def progress(task, done, total):
+    print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+prepare = pipeline.prepare
+pipeline.prepare = lambda *args, **options: prepare(*args, **options | {"progress": progress})
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.mark.slow
 def test_a_killed_process_leaves_only_whole_shards_behind(prepared, sources, tmp_path):
+    """It is killed as soon as the first of its tasks is done."""
     tool = Path(__file__).parents[1] / "tools" / "prepare_corpus.py"
     names = ("a.jsonl", "b.jsonl.gz", "tree")
-    command = [sys.executable, tool, "--tokenizer", corpus_fixture.tokenizer().path]
+    command = [tool, "--tokenizer", corpus_fixture.tokenizer().path]
     command += ["--out", tmp_path / "corpus", "--workers", "2", "--heldout-rate", "0.1"]
+    command += ["--without", "docstrings", "--without", "dialogues"]
     command += [f"--input={sources / name}" for name in names]
-    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while not list(tmp_path.glob("corpus/work/read-*[0-9]")):
-        time.sleep(0.01)
-    workers = children(killed.pid)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command], stdout=subprocess.PIPE)
+    assert killed.returncode == -signal.SIGKILL
+    workers = killed.stdout.decode().split("\n")[-2].split()
+    assert len(workers) == 2
     while any(Path(f"/proc/{worker}/exe").exists() for worker in workers):  # none lives on
         time.sleep(0.05)
+    assert list(tmp_path.glob("corpus/work/read-*[0-9]"))
     assert not (tmp_path / "corpus" / "manifest.json").exists()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
     whole = prepare(tmp_path / "whole", request(sources, unit_bytes=64 * 1024**2))
     assert content(tmp_path / "corpus") == content(whole.folder)
 
