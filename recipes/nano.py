@@ -138,16 +138,14 @@ def main() -> None:
         if args.list:
             launch.show("nano", launch.changed(stages(), args.set))
             return
+        check_arguments(args)
         began = time.monotonic()
         use_cpu()
         workdir = Path(args.workdir)
         launch.make_folder(workdir)
         launch.keep_compiled(workdir)
         tokenizer = prepare(workdir, args.code_dir, args.tokenizer)
-        plan = stages(tokenizer.vocab_size)
-        if args.stage:
-            plan = {args.stage: launch.pick(plan, args.stage, "nano")}
-        plan = launch.changed(plan, args.set)
+        plan = launch.changed(wanted(stages(tokenizer.vocab_size), args.stage), args.set)
         chosen = list(plan.values())
         print(forecast(chosen), flush=True)
         from codellama_jax import goodput, train
@@ -158,6 +156,18 @@ def main() -> None:
         began += time.monotonic() - trains - goodput.seconds(workdir, list(plan))
         if not args.stage:
             finish(plan, workdir, tokenizer, began)
+
+
+def check_arguments(args) -> None:
+    """Refuses what is mistyped before anything is made."""
+    for folder in args.code_dir:
+        check(Path(folder).is_dir(), f"{folder} is not a directory; name one of source files")
+    launch.changed(wanted(stages(), args.stage), args.set)
+
+
+def wanted(plan: dict[str, Stage], name: str | None) -> dict[str, Stage]:
+    """All stages, or the one that --stage names."""
+    return {name: launch.pick(plan, name, "nano")} if name else plan
 
 
 def arguments():

@@ -232,3 +232,24 @@ def test_stages_survive_a_trip_through_json():
 def test_an_unknown_size_is_refused():
     with pytest.raises(KeyError):
         code_llama.stages("8b")
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--stage", "codee"], "error: nano has no stage 'codee'; it has code, python, "),
+        (["--set", "optim.learning_rate=1"], "error: "),
+        (["--set", "data.seq_len=512"], "error: seq_len=512 is longer than "),
+        (["--code-dir", "nowhere"], "error: nowhere is not a directory; "),
+    ],
+)
+def test_what_is_mistyped_is_refused_before_anything_is_made(
+    tmp_path, monkeypatch, capsys, arguments, sentence
+):
+    command = ["nano.py", "--workdir", str(tmp_path / "run"), *arguments]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit, match="2"):
+        recipe("nano").main()
+    said = capsys.readouterr()
+    assert said.err.startswith(sentence) and said.err.count("\n") == 1 and not said.out
+    assert not (tmp_path / "run").exists()
