@@ -100,3 +100,14 @@ def test_a_damaged_record_of_a_shard_is_one_document(tmp_path):
     rows = make_rows(corpus.Split(tmp_path, entry))
     assert len(read(rows)) == rows.rows_per_epoch
     assert len(rows.damage.documents) == 1
+
+
+def test_a_shard_whose_end_is_damaged_is_refused_at_the_start(tmp_path):
+    corpus.write_shard(tmp_path / "a.array_record", [b"{}"] * 5_000)
+    np.save(tmp_path / "lengths.npy", np.ones(5_000, np.uint32))
+    content = bytearray((tmp_path / "a.array_record").read_bytes())
+    content[-65_536:] = bytes(65_536)
+    (tmp_path / "a.array_record").write_bytes(content)
+    entry = {"records": ["a.array_record"], "lengths": "lengths.npy"}
+    with pytest.raises(ValueError, match="a.array_record is damaged .* prepare the corpus again"):
+        corpus.Split(tmp_path, entry)

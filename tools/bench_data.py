@@ -5,7 +5,8 @@
     python tools/bench_data.py duplicates --documents 4000
 
 rows: tokens per second and core of read + infill + tokenize + row, padding, and beside it a stream
-packer on Hugging Face tokenizers (the package `tokenizers`), which neither infills nor resumes.
+packer on Hugging Face tokenizers (the package `tokenizers`), which neither infills nor resumes; the
+same rows read where they were tokenized ahead.
 plan: start-up and memory of the plan for that many documents of synthetic lengths.
 duplicates: recall on planted near-duplicates of similarity 0.85, false removals, speed.
 """
@@ -70,10 +71,32 @@ def rows(args: argparse.Namespace) -> None:
     print(f"{number} rows of {args.seq_len} tokens: {ours:,.0f} tokens/s/core")
     print(f"padding {1 - filled / (number * made.capacity):.3%}; {infilled} of {whole} documents")
     print(f"that lie whole in a row are infilled ({infilled / max(whole, 1):.1%})")
+    written_ahead(made, number, filled)
     theirs = packer(split, args, filled)
     if theirs:
         print(f"Hugging Face tokenizers + a stream packer: {theirs:,.0f} tokens/s/core")
         print(f"ours / its {ours / theirs:.2f}")
+
+
+def written_ahead(made, number: int, num_tokens: int) -> None:
+    """The same rows from a file, as tools/prepare_rows.py writes them."""
+    import numpy as np
+
+    from codellama_jax.data import ahead, corpus
+
+    dtype = np.dtype("<u2" if made.tokenizer.vocab_size <= 1 << 16 else "<u4")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.array_record"
+        corpus.write_shard(path, [ahead.encode(made.row(index), dtype) for index in range(number)])
+        entry = {"first": 0, "rows": number, "dtype": dtype.str, "files": [path.name]}
+        written = ahead.Ahead(Path(folder), made.name, entry, made.capacity)
+        written.row(0)
+        began = time.process_time()
+        for index in range(number):
+            written.row(index)
+        seconds, size = time.process_time() - began, path.stat().st_size
+    speed, share = num_tokens / seconds, size / num_tokens
+    print(f"tokenized ahead: {speed:,.0f} tokens/s/core, {share:.2f} bytes a token on disk")
 
 
 def packer(split, args: argparse.Namespace, num_tokens: int) -> float | None:

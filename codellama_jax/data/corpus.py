@@ -50,7 +50,12 @@ class Split:
         files, lengths = entry["records"], entry["lengths"]
         self._name = f"{folder / files[0]} and its fellows" if files[1:] else str(folder / files[0])
         self.lengths = np.load(folder / lengths, mmap_mode="r")
-        self._records = record_source([str(folder / file) for file in files])
+        try:
+            self._records = record_source([str(folder / file) for file in files])
+        except RuntimeError as error:  # the end of a file says what it holds
+            raise ValueError(
+                f"{self._name} is damaged ({error}); prepare the corpus again"
+            ) from None
         self._index = np.load(folder / entry["index"], mmap_mode="r") if "index" in entry else None
         self._paths = np.load(folder / entry["paths"], mmap_mode="r") if "paths" in entry else None
         count = len(self._records if self._index is None else self._index)
