@@ -76,13 +76,15 @@ def many() -> bool:
     return _line is not None and _line.joined
 
 
-def end(reason: str, code: int) -> None:
+def end(reason: str, code: int, after: float = 0.0) -> None:
     """Ends this process and with it the others, if there are any; returns if it is alone.
 
-    Python's own way out would wait for the others, who wait for this one.
+    Python's own way out would wait for the others, who wait for this one. after: seconds in which
+    it may turn out that another process ended first, and is the reason.
     """
     if not many():
         return
+    time.sleep(after)
     sys.stdout.flush()
     sys.stderr.flush()
     leave(reason)

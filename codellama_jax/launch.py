@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import faulthandler
+import importlib.util
 import os
 import shlex
 import signal
@@ -44,6 +45,7 @@ def main(
         rows = stages(args.size)
         check(args.stage is not None, f"--stage is missing; {args.size} has {', '.join(rows)}")
         check(args.workdir is not None, "--workdir is missing: where checkpoints go (may be gs://)")
+        check_bucket(args.workdir)
         chosen = {args.stage: laid_out(pick(rows, args.stage, args.size), args, layouts)}
         stage = changed(chosen, args.set)[args.stage]
         cluster.join(args.wait)
@@ -138,6 +140,14 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
+def check_bucket(workdir: str) -> None:
+    """Raises ValueError for a gs:// workdir without the library that reads and writes there."""
+    check(
+        not workdir.startswith("gs://") or importlib.util.find_spec("gcsfs") is not None,
+        f"--workdir {workdir} needs gcsfs: pip install gcsfs",
+    )
+
+
 def keep_compiled(workdir: str | Path) -> None:
     """Keeps compiled programs in <workdir>/compiled: a later call need not compile them again.
 
@@ -178,7 +188,7 @@ class refusals:
             raise SystemExit(2) from None
         if cluster.many():
             traceback.print_exception(error)
-            cluster.end(f"{kind.__name__}: {str(error)[:300]}. {cluster.LOST}", 1)
+            cluster.end(f"{kind.__name__}: {str(error)[:300]}. {cluster.LOST}", 1, after=10)
 
 
 def _short(count: int) -> str:

@@ -28,6 +28,7 @@ def run(monkeypatch):
     monkeypatch.setattr(train, "train", lambda *args: given.append(args))
     monkeypatch.setattr(cluster, "join", lambda _: None)
     monkeypatch.setattr(launch, "keep_compiled", lambda _: None)
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda _: None)  # gcsfs is not here
     monkeypatch.setattr(launch.faulthandler, "enable", lambda: None)
 
     def main(*arguments: str):
@@ -83,6 +84,10 @@ def test_a_stage_is_laid_out_for_a_slice_and_still_takes_settings(run):
         (
             ("--size", "7b", "--stage", "code", "--workdir", "x", "--slice", "v5e:4x4"),
             "error: 7b code has no layout for slice 'v5e:4x4', only for none",
+        ),
+        (
+            (*CHOSEN[:4], "--workdir", "gs://bucket/run"),
+            "error: --workdir gs://bucket/run needs gcsfs: pip install gcsfs",
         ),
         (("--list", "--set", "a=1"), "error: Stage has no field 'a'"),
     ],
