@@ -8,13 +8,12 @@ BPE in a tokenizer.json, and no infilling marks.
 import os
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 import codellama_jax as cl
-from codellama_jax import checkpoint, config, convert, optim, sharding, state, step
-from codellama_jax.data import infilling, rows
+from codellama_jax import checkpoint, config, convert, metrics, train
+from codellama_jax.data import corpus, gather, sources
 from codellama_jax.request import Sampling
 from codellama_jax.tokenizer import Tokenizer, beside
 
@@ -93,16 +92,33 @@ def test_it_continues_text_exactly_as_transformers_does(theirs, folder, imported
 
 
 def test_the_code_stage_teaches_it_infilling(imported):
-    """The step of a code stage on its weights, over and over the same infilled text."""
+    """12 steps of 384 tokens on this package's own functions, as any stage trains; held out: 14
+    files. Seen, before and after: 3.63 and 3.30 nats per token, lines to fill in 1.45 and 1.21
+    (PSM), 1.40 and 1.14 (SPM) bits per byte. Two minutes of one core.
+    """
     tokenizer = Tokenizer(beside(imported / "smollm2"))
+    package = Path(cl.__file__).parent
+    request = gather.Request(code_dirs=(str(package),), function_chars=500, heldout_rate=0.15)
+    limits = sources.Limits(request.file_bytes, request.line_chars)
+    gathered = gather.Gathered(request)
+    files = list(sources.code_tree(package, limits=limits, tally=gathered.tally))
+    gather._add(gathered, files, origin="this package")  # and nothing of Python's own
+    corpus.prepare(imported / "corpus", tokenizer, gathered=gathered)
     stage = config.Stage(
         name="code",
         start_from="smollm2",
         model=checkpoint.read_recipe(imported / "smollm2")["model"],
-        data=config.Data(mix={"code": 1.0}, seq_len=96, batch_tokens=96, infilling_rate=0.9),
+        data=config.Data(
+            mix={"code": 1.0},
+            seq_len=192,
+            batch_tokens=384,
+            infilling_rate=0.9,
+            line_rate=0.5,
+            tokenizer="smollm2/tokenizer.json",
+        ),
         optim=config.Optim(
-            peak_lr=3e-4,
-            warmup_steps=1,
+            peak_lr=2e-4,
+            warmup_steps=2,
             final_lr_ratio=1 / 30,
             beta1=0.9,
             beta2=0.95,
@@ -110,26 +126,18 @@ def test_the_code_stage_teaches_it_infilling(imported):
             weight_decay=0.1,
             clip_norm=1.0,
         ),
-        steps=5,
-        layout=config.Layout(compute_dtype="float32", remat="none"),
+        steps=12,
+        layout=config.Layout(compute_dtype="float32", remat="none", loss_chunk=64),
+        eval_every=1_000,
+        eval_rows=6,
+        log_every=2,
     )
-    text = "def read(path):\n    with open(path) as file:\n        return file.read()\n"
-    ids = infilling.infill(
-        text, tokenizer, np.random.default_rng(0), rates=infilling.Rates(1.0), max_tokens=97
-    ).tokens
-    assert {tokenizer.prefix_id, tokenizer.eot_id} <= set(ids)
-    row = {name: array[None] for name, array in rows.pack([ids], capacity=97).items()}
-    batch = row | {"corpus": np.zeros(1, np.int32)}
-    mesh = sharding.make_mesh(stage.layout, jax.devices()[:1])
-    params = checkpoint.restore_params(imported / "smollm2", stage.model, mesh)
-    train_state = state.state_from_params(
-        params, stage.model, optim.adamw(stage.optim, stage.steps), mesh
-    )
-    train_step = jax.jit(step.make_train_step(stage, "cpu"), donate_argnums=0)
-    losses = []
-    with jax.set_mesh(mesh):
-        for _ in range(stage.steps):
-            train_state, values = train_step(train_state, sharding.global_batch(batch, mesh))
-            losses.append(float(values["loss"]))
-    print("loss of each step", [round(loss, 2) for loss in losses])
-    assert losses[-1] < 0.5 * losses[0]
+    train.train(stage, imported)
+    measured = [line for line in metrics.read(imported / "code") if "infilling" in line]
+    before, after = measured[0], measured[-1]
+    print(before, after, sep="\n")
+    assert after["heldout"]["code"] < before["heldout"]["code"] - 0.1
+    for form in ("psm", "spm"):
+        assert after["infilling"][form] < before["infilling"][form] - 0.1
+    filled = cl.load(imported / "code").infill("def add(a, b):\n", "\n", max_new_tokens=16)
+    assert isinstance(filled, str)
