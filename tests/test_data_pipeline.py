@@ -372,8 +372,10 @@ def test_a_folder_of_something_else_and_nothing_to_keep_are_refused(tmp_path):
     data = write_json_lines(tmp_path / "a.jsonl", [{"text": "\n"}])
     with pytest.raises(ValueError, match="mine holds something else"):
         prepare(tmp_path / "mine", pipeline.Request((Input(str(data)),)))
-    with pytest.raises(ValueError, match="nothing that can be used was read .1 empty"):
-        prepare(tmp_path / "corpus", pipeline.Request((Input(str(data)),)))
+    fill = Input(str(write_json_lines(tmp_path / "fill.jsonl", records(20))))
+    for others in ((), (fill,)):
+        with pytest.raises(ValueError, match="nothing that can be used was read .1 empty.$"):
+            prepare(tmp_path / str(len(others)), pipeline.Request((Input(str(data)),), fill=others))
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def _removed(parts: list[dict]) -> dict:
 
 def reasons(job: Job) -> str:
     """Why nothing was kept, in words."""
-    removed = _removed([job.result("read", n)["removed"] for n in range(len(job.units))])
+    removed = _removed([job.result("read", n)["removed"] for n in job.named])
     return ", ".join(f"{of['documents']} {why}" for why, of in removed.items()) or "no document"
 
 

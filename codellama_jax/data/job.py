@@ -38,6 +38,11 @@ class Job:
         """Numbers of the units that are only for corpora that others have nothing for."""
         return frozenset(n for n, unit in enumerate(self.units) if unit.fill)
 
+    @property
+    def named(self) -> list[int]:
+        """Numbers of the others, that the user named."""
+        return [n for n, unit in enumerate(self.units) if not unit.fill]
+
     def path(self, name: str, number: int | None = None) -> Path:
         return Path(self.work) / (name if number is None else f"{name}-{number:05d}")
 

@@ -193,7 +193,11 @@ def _write(path: Path, value: dict) -> None:
 def _run(made: job.Job, pool: "_Pool") -> None:
     """All rounds but the last."""
     sizes = [unit.num_bytes for unit in made.units]
-    pool.run("read", sizes)
+    pool.run("read", sizes, but=made.fill)
+    if not any(made.result("read", n)["documents"] for n in made.named):
+        raise ValueError(f"nothing that can be used was read ({finish.reasons(made)})")
+    if made.fill:
+        pool.run("read", sizes)
     _leave_duplicates(made, pool, "read")
     _merge(made, "heldout", heldout.choose)
     pool.run("runs", sizes)
@@ -208,8 +212,6 @@ def _run(made: job.Job, pool: "_Pool") -> None:
 
 def _leave_duplicates(made: job.Job, pool: "_Pool", table: str) -> None:
     _merge(made, f"{table}_counted", job.count, table)
-    if table == "read" and made.offsets(table)[-1] == 0:
-        raise ValueError(f"nothing that can be used was read ({finish.reasons(made)})")
     num_parts = duplicates.parts(made, table)
     pool.run(f"{table}_exact", [1] * num_parts)
     _merge(made, f"{table}_gone", duplicates.merge_exact, table)
