@@ -161,7 +161,10 @@ def main() -> None:
 def check_arguments(args) -> None:
     """Refuses what is mistyped before anything is made."""
     for folder in args.code_dir:
-        check(Path(folder).is_dir(), f"{folder} is not a directory; name one of source files")
+        check(
+            Path(folder).exists(),
+            f"{folder} is missing; name a directory of source files, or a .jsonl or .parquet file",
+        )
     launch.changed(wanted(stages(), args.stage), args.set)
 
 
@@ -177,8 +180,9 @@ def arguments():
         "--code-dir",
         action="append",
         default=[],
-        metavar="DIR",
-        help="train on this tree of source files instead of Python's library; may be repeated",
+        metavar="PATH",
+        help="train on this tree of source files, or .jsonl or .parquet file of texts, instead of "
+        "Python's library; may be repeated",
     )
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="a tokenizer.model, such as Meta's, instead of our own"
@@ -225,12 +229,23 @@ def prepare(workdir: Path, code_dirs: list[str], tokenizer_file: str | None):
         whole.write(path, Path(theirs.path).read_bytes())
     made = tokenizer.Tokenizer(path)
     prepared = pipeline.prepare(folder, made, request)
-    counts = [
-        f"{name} {entry['train']['tokens'] / 1e6:.1f} M"
-        for name, entry in prepared.manifest["corpora"].items()
-    ]
-    print(f"Corpus of {made.vocab_size:,} pieces, in tokens: {', '.join(counts)}", flush=True)
+    say_what_is_in(prepared.manifest, folder, made.vocab_size)
     return made
+
+
+def say_what_is_in(manifest: dict, folder: Path, vocab_size: int) -> None:
+    """Of the corpus: its sizes, what Python's library had to fill in, and what was left out."""
+    from codellama_jax.data import sources
+
+    corpora = manifest["corpora"].items()
+    counts = [f"{name} {entry['train']['tokens'] / 1e6:.1f} M" for name, entry in corpora]
+    print(f"Corpus of {vocab_size:,} pieces, in tokens: {', '.join(counts)}", flush=True)
+    filled = [name for name, entry in corpora if entry["origin"] == sources.THIS_PYTHON]
+    if filled and manifest["settings"]["fill"]:
+        print(f"From Python's library, for want of your own: {', '.join(filled)}", flush=True)
+    left = [f"{of['documents']:,} {why}" for why, of in manifest["removed"].items()]
+    if left:
+        print(f"Left out: {', '.join(left)}; see {folder / 'removed'}", flush=True)
 
 
 def forecast(plan: list[Stage]) -> str:

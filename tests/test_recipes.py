@@ -240,7 +240,7 @@ def test_an_unknown_size_is_refused():
         (["--stage", "codee"], "error: nano has no stage 'codee'; it has code, python, "),
         (["--set", "optim.learning_rate=1"], "error: "),
         (["--set", "data.seq_len=512"], "error: seq_len=512 is longer than "),
-        (["--code-dir", "nowhere"], "error: nowhere is not a directory; "),
+        (["--code-dir", "nowhere"], "error: nowhere is missing; name a directory"),
     ],
 )
 def test_what_is_mistyped_is_refused_before_anything_is_made(
