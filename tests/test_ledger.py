@@ -106,6 +106,27 @@ def test_a_plan_starts_from_the_layout_of_the_recipe_or_one_that_fits_by_arithme
     assert alone.layout == replace(CODE_7B.layout, tensor=2)
 
 
+def test_without_a_slice_all_that_is_known_is_one_json_object(monkeypatch, capsys):
+    monkeypatch.setattr(plan, "plan", lambda stage, where: {"slice": str(where)})
+    stage = code_llama.stages("34b")["long_context"]
+    args = argparse.Namespace(size="34b", json=True, set=[])
+    plan_pod.plan_without_slice(stage, args)
+    said = json.loads(capsys.readouterr().out)
+    assert said["plan"]["slice"] in [row["slice"] for row in said["compiled"]]
+    assert {row["slice"].split(":")[0] for row in said["arithmetic"]} == set(chips.CHIPS)
+
+
+def test_cells_of_other_programs_and_cells_that_are_missing_are_named(monkeypatch):
+    rows = {ledger.key(row): row for row in ledger.read(DOCS)}
+    monkeypatch.setattr(plan, "program", lambda *_: ("of today", None))
+    changed = plan_pod.outdated()
+    assert {cell.why for cell in changed} <= {"missing", "other program"}
+    names = {(cell.size, cell.stage.name, str(cell.where)) for cell in changed}
+    assert {(row["size"], row["stage"], row["slice"]) for row in rows.values()} <= names
+    monkeypatch.setattr(ledger, "find", lambda *_: {"program": "of today"})
+    assert plan_pod.outdated() == []
+
+
 def test_a_search_ranks_what_fits_before_what_does_not(monkeypatch):
     def planned(stage, where):
         if stage.layout.remat == "dots":
