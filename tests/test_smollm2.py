@@ -13,7 +13,7 @@ import pytest
 
 import codellama_jax as cl
 from codellama_jax import checkpoint, config, convert, metrics, train
-from codellama_jax.data import corpus, gather, sources
+from codellama_jax.data import inputs, pipeline
 from codellama_jax.request import Sampling
 from codellama_jax.tokenizer import Tokenizer, beside
 
@@ -97,13 +97,9 @@ def test_the_code_stage_teaches_it_infilling(imported):
     (PSM), 1.40 and 1.14 (SPM) bits per byte. Two minutes of one core.
     """
     tokenizer = Tokenizer(beside(imported / "smollm2"))
-    package = Path(cl.__file__).parent
-    request = gather.Request(code_dirs=(str(package),), function_chars=500, heldout_rate=0.15)
-    limits = sources.Limits(request.file_bytes, request.line_chars)
-    gathered = gather.Gathered(request)
-    files = list(sources.code_tree(package, limits=limits, tally=gathered.tally))
-    gather._add(gathered, files, origin="this package")  # and nothing of Python's own
-    corpus.prepare(imported / "corpus", tokenizer, gathered=gathered)
+    package = inputs.Input(str(Path(cl.__file__).parent))
+    request = pipeline.Request((package,), function_chars=500, forms=(), heldout_rate=0.15)
+    pipeline.prepare(imported / "corpus", tokenizer, request)
     stage = config.Stage(
         name="code",
         start_from="smollm2",
