@@ -49,7 +49,6 @@ class Record:
         self.folder = epath.Path(folder)
         self.writes = jax.process_index() == 0
         self._pending: tuple[int, Any] | None = None
-        self._bad: list[int] = []
         self._tokens = dict.fromkeys(sorted(stage.data.mix), 0)
         self._clock = _Clock(start_step)
         if self.writes:

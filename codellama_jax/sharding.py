@@ -179,10 +179,6 @@ def of_axes(axes: Any, mesh: Mesh) -> Any:
     )
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P())
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over (data, fsdp); the row itself stays whole: its length is T + 1."""
     return NamedSharding(mesh, spec("batch"))
