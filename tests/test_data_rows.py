@@ -165,3 +165,24 @@ def test_a_plan_of_a_million_documents_keeps_little():
     assert sum(span.slots for span in spans) == 4_097
     assert plan._block_starts(0).nbytes <= 8 * (1 + 1_000_000 / rows.BLOCK)
     assert plan.rows_per_epoch == -(-(int(lengths.sum()) + ROOM * 1_000_000) // 4_097)
+
+
+def test_a_large_plan_is_counted_once_and_then_found(tmp_path, monkeypatch):
+    lengths = np.random.default_rng(0).integers(3, 3_000, 1_000_000).astype(np.uint32)
+
+    def spans(epoch, keep=tmp_path / "plans"):
+        plan = Plan(lengths, name="code", seed=0, capacity=4_097, room=ROOM, keep=keep)
+        return plan.spans(epoch, plan.rows_per_epoch // 2)
+
+    expected = [spans(epoch, keep=None) for epoch in (0, 1)]
+    assert not (tmp_path / "plans").exists()
+    assert [spans(epoch) for epoch in (0, 1)] == expected
+    kept = sorted((tmp_path / "plans").iterdir())
+    assert len(kept) == 2 and all(path.suffix == ".npy" for path in kept)
+    kept[0].write_bytes(kept[0].read_bytes()[:-50])  # a damaged one is made anew
+    assert [spans(epoch) for epoch in (0, 1)] == expected
+    monkeypatch.setattr(Plan, "_count_block_starts", None)
+    assert [spans(epoch) for epoch in (0, 1)] == expected
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.undo()
+    assert spans(0, keep=tmp_path / "file") == expected[0]  # where nothing can be written

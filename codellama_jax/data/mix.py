@@ -239,7 +239,15 @@ def _open_rows(
     if folder.manifest["corpora"][name]["kind"] == "dialogues":
         return DialogueRows(split, tokenizer, name=name, seed=data.seed, seq_len=data.seq_len)
     rates = infilling.Rates(data.infilling_rate, data.spm_rate, data.line_rate)
-    return Rows(split, tokenizer, name=name, seed=data.seed, seq_len=data.seq_len, rates=rates)
+    return Rows(
+        split,
+        tokenizer,
+        name=name,
+        seed=data.seed,
+        seq_len=data.seq_len,
+        rates=rates,
+        keep=Path(folder.folder) / "plans" if which == "train" else None,
+    )
 
 
 class _HostRows:

@@ -10,12 +10,17 @@ few more tokens than a plain one, so each is given room for 8 more; what is left
 padding at the end of the row, outside the loss.
 
 A row is a pure function of (seed, corpus, index): any host reads any row, and nothing is kept but
-one number per 1,024 documents.
+one number per 1,024 documents. For large corpora these numbers are kept in a file, too: whoever
+opens the same epoch later, to go on or to look at a step, has them at once.
 """
 
+import contextlib
 import functools
+import os
+import tempfile
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -25,6 +30,7 @@ from codellama_jax.data import damage, fitting, infilling, shuffle, tokens
 # of Code Llama or of the nano recipe; 1 in 100 draws of library code needs more than 8.
 ROOM = 8
 BLOCK = 1_024  # documents whose common length is kept
+LARGE = 1_000_000  # documents from which on these are kept in a file: a tenth of a second's work
 STAND_INS = 8  # other documents that are tried in the place of a damaged one
 
 Row = dict[str, np.ndarray]  # tokens, loss_mask, segments, positions, each [T+1]
@@ -61,16 +67,28 @@ class Piece:
 class Plan:
     """Where every document lies in every epoch: lengths in, spans out; reads no text."""
 
-    def __init__(self, lengths: np.ndarray, *, name: str, seed: int, capacity: int, room: int):
-        """lengths: uint32 [documents], may be memory-mapped. capacity: tokens of a row, T+1."""
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        *,
+        name: str,
+        seed: int,
+        capacity: int,
+        room: int,
+        keep: Path | None = None,
+    ):
+        """lengths: uint32 [documents], may be memory-mapped. capacity: tokens of a row, T+1.
+
+        keep: a folder for what is costly to count; it belongs to these lengths alone.
+        """
         if len(lengths) == 0:
             raise ValueError(f"corpus {name!r} has no documents to make rows of")
         self.name, self.seed, self.capacity, self.room = name, seed, capacity, room
-        self.lengths = lengths
+        self.lengths, self._keep = lengths, keep if len(lengths) >= LARGE else None
         self.line_length = int(lengths.sum(dtype=np.int64)) + room * len(lengths)
         self.rows_per_epoch = -(-self.line_length // capacity)
         self._lock = threading.Lock()
-        self._block_starts = functools.lru_cache(maxsize=2)(self._count_block_starts)
+        self._block_starts = functools.lru_cache(maxsize=2)(self._find_block_starts)
         self._block = functools.lru_cache(maxsize=16)(self._lay_block)
 
     def spans(self, epoch: int, number: int) -> list[Span]:
@@ -122,8 +140,26 @@ class Plan:
         documents, sizes = documents[order], sizes[order]
         return documents, np.concatenate([[start], start + np.cumsum(sizes)])
 
-    def _count_block_starts(self, epoch: int) -> np.ndarray:
+    def _find_block_starts(self, epoch: int) -> np.ndarray:
         """Where every block begins on the epoch's line: int64 [blocks]."""
+        if self._keep is None:
+            return self._count_block_starts(epoch)
+        key = shuffle.hash64(self.seed, self.name, epoch, "starts", self.room, self.line_length)
+        path = self._keep / f"{key:016x}.npy"
+        with contextlib.suppress(OSError, ValueError):  # not there, or not whole
+            starts = np.load(path)
+            if starts.shape == (-(-len(self.lengths) // BLOCK),):
+                return starts
+        starts = self._count_block_starts(epoch)
+        with contextlib.suppress(OSError):  # it may be a folder that only others may write to
+            self._keep.mkdir(exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._keep, delete=False) as file:
+                np.save(file, starts)
+            os.chmod(file.name, 0o644)  # others may read the corpus, too
+            os.replace(file.name, path)
+        return starts
+
+    def _count_block_starts(self, epoch: int) -> np.ndarray:
         sums = []
         for first in range(0, len(self.lengths), 64 * BLOCK):  # a part that stays in the cache
             places = np.arange(first, min(first + 64 * BLOCK, len(self.lengths)))
@@ -137,7 +173,15 @@ class Rows:
     """Rows of documents laid end to end. `documents` has .lengths and .record(i)."""
 
     def __init__(
-        self, documents, tokenizer, *, name: str, seed: int, seq_len: int, rates: infilling.Rates
+        self,
+        documents,
+        tokenizer,
+        *,
+        name: str,
+        seed: int,
+        seq_len: int,
+        rates: infilling.Rates,
+        keep: Path | None = None,
     ):
         if rates.infilling > 0 and tokenizer.middle_id is None:
             raise ValueError(
@@ -147,7 +191,9 @@ class Rows:
         self.documents, self.tokenizer, self.rates = documents, tokenizer, rates
         self.name, self.seed, self.capacity = name, seed, seq_len + 1
         room = ROOM if rates.infilling > 0 else 0
-        self.plan = Plan(documents.lengths, name=name, seed=seed, capacity=self.capacity, room=room)
+        self.plan = Plan(
+            documents.lengths, name=name, seed=seed, capacity=self.capacity, room=room, keep=keep
+        )
         self.rows_per_epoch = self.plan.rows_per_epoch
         self.damage = damage.Damage(name, len(documents.lengths))
 
