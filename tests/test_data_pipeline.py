@@ -388,15 +388,24 @@ def test_impossible_requests_are_refused(changes):
 
 
 @pytest.mark.filterwarnings("ignore")  # of that library's own imports
-def test_a_tensorflow_data_set_is_read_by_name_of_its_folder_without_tensorflow(tmp_path):
-    pytest.importorskip("tensorflow_datasets")
+@pytest.mark.parametrize("named", [True, False])
+def test_a_tensorflow_data_set_is_read_by_name_or_folder_without_tensorflow(
+    tmp_path, monkeypatch, named
+):
+    tfds = pytest.importorskip("tensorflow_datasets")
     pytest.importorskip("importlib_resources")
     import tiny_code
 
-    builder = tiny_code.TinyCode(data_dir=tmp_path, file_format="array_record")
-    builder.download_and_prepare()
-    found = read(builder.data_dir, unit_bytes=200)
+    if named:  # made where it is not yet
+        monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
+        given = tiny_code.TinyCode.name
+    else:
+        builder = tiny_code.TinyCode(data_dir=tmp_path, file_format="array_record")
+        builder.download_and_prepare()
+        given = str(builder.data_dir)
+    found = read(given, unit_bytes=200)
     assert sorted(d.text for d in found) == sorted(f"x = {i}\n" for i in range(25))
     assert {d.language for d in found} == {"python"}
-    assert len(inputs.units(Input(str(builder.data_dir)), unit_bytes=200)) > 1
+    assert len(inputs.units(Input(given), unit_bytes=200)) > 1
+    assert list(tmp_path.rglob("*.array_record*"))
     assert "tensorflow" not in sys.modules

@@ -15,6 +15,7 @@ It works in bounded memory and in parallel. Run again, it finds its work done, o
 """
 
 import argparse
+import functools
 import os
 import sys
 from pathlib import Path
@@ -30,9 +31,13 @@ def main() -> int:
     try:
         with Bars() as bars:
             tokenizer, asked = Tokenizer(args.tokenizer), request(args)
-            workers = args.workers or len(os.sched_getaffinity(0))
             prepared = pipeline.prepare(
-                args.out, tokenizer, asked, workers=workers, progress=bars.update
+                args.out,
+                tokenizer,
+                asked,
+                workers=args.workers or len(os.sched_getaffinity(0)),
+                engine=engine(args),
+                progress=bars.update,
             )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -62,6 +67,19 @@ def request(args: argparse.Namespace):
         heldout_rate=args.heldout_rate,
         seed=args.seed,
     )
+
+
+def engine(args: argparse.Namespace):
+    """What runs the tasks; None: processes of our own."""
+    from codellama_jax.data import beam
+
+    if args.engine == "beam":
+        if args.workers:
+            raise ValueError("--workers has no effect with --engine beam, whose runner decides")
+        return functools.partial(beam.run, options=args.beam_arg)
+    if args.beam_arg:
+        raise ValueError("--beam-arg has no effect without --engine beam")
+    return None
 
 
 def pairs(given: list[str], settings: type, flag: str) -> list[list[str]]:
@@ -111,6 +129,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of what is held out")
     parser.add_argument("--keep-private", action="store_true", help="keep keys and addresses")
     parser.add_argument("--workers", type=int, default=0, help="processes; default: one per core")
+    parser.add_argument(
+        "--engine",
+        choices=("processes", "beam"),
+        default="processes",
+        help="what runs the tasks: processes of this machine, or Apache Beam (docs/data.md)",
+    )
+    parser.add_argument(
+        "--beam-arg",
+        action="append",
+        default=[],
+        metavar="--NAME=VALUE",
+        help="for Beam, as in --beam-arg=--runner=DataflowRunner; may be repeated",
+    )
     return parser.parse_args()
 
 

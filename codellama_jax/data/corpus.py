@@ -4,24 +4,29 @@
     DIR/<name>/{train,heldout}-00000-of-00003.array_record    documents, JSON, random access
     DIR/<name>/{train,heldout}.lengths.npy              uint32: tokens of every document
 
+DIR may be in a remote store, as gs://bucket/corpus (storage.py).
+
 A record is {"text" or "dialog", "path", "part", "language", "source", "licence"}, with
 "chunk_tokens" for a long text (see tokens.py). Files are written under a temporary name and then
 renamed. Which documents are held out depends on the path of their file alone: all parts of a file
 go together, in every corpus, and none is ever trained on.
 """
 
+import concurrent.futures
 import hashlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from codellama_jax.data import storage
+
 FORMAT = 1  # of the folder; a change makes older folders unreadable
 SPLITS = ("train", "heldout")
+ASKED_AT_ONCE = 32  # files whose sizes are looked up
 NAMES = (  # of the corpora that preparing knows of; an input may name others
     "code",
     "python",
@@ -49,15 +54,15 @@ class Split:
     def __init__(self, folder: Path, entry: dict):
         files, lengths = entry["records"], entry["lengths"]
         self._name = f"{folder / files[0]} and its fellows" if files[1:] else str(folder / files[0])
-        self.lengths = np.load(folder / lengths, mmap_mode="r")
+        self.lengths = _array(folder / lengths)
         try:
-            self._records = record_source([str(folder / file) for file in files])
+            self._records = record_source([folder / file for file in files])
         except RuntimeError as error:  # the end of a file says what it holds
             raise ValueError(
                 f"{self._name} is damaged ({error}); prepare the corpus again"
             ) from None
-        self._index = np.load(folder / entry["index"], mmap_mode="r") if "index" in entry else None
-        self._paths = np.load(folder / entry["paths"], mmap_mode="r") if "paths" in entry else None
+        self._index = _array(folder / entry["index"]) if "index" in entry else None
+        self._paths = _array(folder / entry["paths"]) if "paths" in entry else None
         count = len(self._records if self._index is None else self._index)
         if count != len(self.lengths):
             raise ValueError(
@@ -123,12 +128,11 @@ class Corpus:
 
 
 def write_shard(path: Path, lines: list[bytes]) -> None:
-    temporary = path.with_suffix(".tmp")
-    writer = Writer(temporary)
-    for line in lines:
-        writer.write(line)
-    writer.close()
-    os.replace(temporary, path)
+    with storage.writing(path) as temporary:
+        writer = Writer(temporary)
+        for line in lines:
+            writer.write(line)
+        writer.close()
 
 
 class Writer:
@@ -153,17 +157,17 @@ class Writer:
             raise OSError(f"{self._path} could not be written: {error}") from None
 
 
-def record_source(files: list[str]):
+def record_source(files: list[Path]):
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    return ArrayRecordDataSource(files)
+    return ArrayRecordDataSource([storage.records(file) for file in files])
 
 
 def reader(path: Path):
     """Reads many records of one file at a time; to be closed."""
     from array_record.python.array_record_module import ArrayRecordReader
 
-    return ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
+    return ArrayRecordReader(storage.records(path), "readahead_buffer_size:0,max_parallelism:0")
 
 
 def path_hash(path: str) -> int:
@@ -179,12 +183,12 @@ def version(package: str) -> str:
 
 
 def write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    with storage.writing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def checksum(path: Path) -> dict:
+    path = storage.local(path)
     with path.open("rb") as file:
         return {
             "bytes": path.stat().st_size,
@@ -201,7 +205,7 @@ def open(folder: str | Path, tokenizer=None, *, verify: bool = False) -> Corpus:
     Sizes of all files are checked, and with `verify` their checksums too. Raises ValueError where
     anything is missing or differs.
     """
-    folder = Path(folder)
+    folder = storage.path(folder)
     path = folder / "manifest.json"
     if not path.exists():
         raise ValueError(
@@ -217,9 +221,8 @@ def open(folder: str | Path, tokenizer=None, *, verify: bool = False) -> Corpus:
             f"{path} has format {manifest.get('format')}, this code reads {FORMAT}; "
             "prepare the corpus again"
         )
-    for name, entry in manifest["files"].items():
-        file = folder / name
-        size = file.stat().st_size if file.exists() else None
+    for name, size in _sizes(folder, list(manifest["files"])):
+        file, entry = folder / name, manifest["files"][name]
         if size != entry["bytes"]:
             state = "is missing" if size is None else f"has {size} bytes, not {entry['bytes']}"
             raise ValueError(f"{file} {state}; prepare the corpus again")
@@ -232,3 +235,14 @@ def open(folder: str | Path, tokenizer=None, *, verify: bool = False) -> Corpus:
             f"{tokenizer.fingerprint[:12]} as {tokenizer.path}); use that one, or prepare anew"
         )
     return Corpus(folder, manifest)
+
+
+def _sizes(folder: Path, names: list[str]) -> Iterator[tuple[str, int | None]]:
+    """Bytes of every file, None where it is missing; many at once, as a remote store is slow."""
+    with concurrent.futures.ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
+        sizes = threads.map(lambda name: storage.size(folder / name), names)
+        yield from zip(names, sizes, strict=True)
+
+
+def _array(path: Path) -> np.ndarray:
+    return np.load(storage.local(path), mmap_mode="r")

@@ -1,15 +1,15 @@
 """The end of preparing: the parts that tasks wrote become a corpus, with its manifest."""
 
+import functools
 import json
-import os
-import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from codellama_jax.data import corpus, sources
+from codellama_jax.data import corpus, sources, storage
 from codellama_jax.data.job import Job
 from codellama_jax.data.tasks import PARTS
 
@@ -24,7 +24,7 @@ def finish(folder: Path, job: Job, asked: dict, tokenizer) -> corpus.Corpus:
     names = sorted({stem.split("/")[0] for result in written for stem in result["splits"]})
     files, corpora = {}, {}
     for name in names:
-        (folder / name).mkdir(exist_ok=True)
+        _make_folder(folder / name)
         corpora[name] = _about(job, written, name)
         for which in corpus.SPLITS:
             corpora[name][which] = _join(folder, job, written, f"{name}/{which}", files)
@@ -45,7 +45,7 @@ def finish(folder: Path, job: Job, asked: dict, tokenizer) -> corpus.Corpus:
         "files": dict(sorted(files.items())),
     }
     corpus.write(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
-    shutil.rmtree(folder / "work")
+    storage.remove(folder / "work")
     return corpus.open(folder, tokenizer)
 
 
@@ -76,9 +76,8 @@ def _join(folder: Path, job: Job, results: list, stem: str, files: dict) -> dict
         f"{stem}-{i:05d}-of-{max(len(have), 1):05d}.array_record" for i in range(len(have) or 1)
     ]
     for number, name in zip(have, records, strict=False):
-        part = job.path("write", number) / stem.replace("/", "-")
-        if part.with_suffix(".array_record").exists():  # else a run before this one moved it
-            os.replace(part.with_suffix(".array_record"), folder / name)
+        part = job.path("write", number) / f"{stem.replace('/', '-')}.array_record"
+        storage.move(part, folder / name)
         files[name] = results[number]["splits"][stem]["file"]
     if not have:
         corpus.write_shard(folder / records[0], [])
@@ -90,9 +89,11 @@ def _join(folder: Path, job: Job, results: list, stem: str, files: dict) -> dict
     entry |= {"languages": languages, "records": records}
     for kind, dtype in (("lengths", np.uint32), ("paths", np.uint64)):
         entry[kind] = f"{stem}.{kind}.npy"
-        parts = [job.path("write", n) / f"{stem.replace('/', '-')}.{kind}.npy" for n in have]
-        _join_arrays(folder / entry[kind], parts, dtype)
-        files[entry[kind]] = corpus.checksum(folder / entry[kind])
+        column = f"{stem.replace('/', '-')}.{kind}"
+        parts = [job.array(column, "write", n) for n in have]
+        files[entry[kind]] = _put(
+            folder / entry[kind], functools.partial(_join_arrays, parts, dtype)
+        )
     return entry
 
 
@@ -110,40 +111,58 @@ def _part(folder: Path, job: Job, results: list, whole: str, entry: dict, files:
         index, lengths = np.concatenate(numbers, axis=1)
         if not len(index) and which == "train":
             return {}
-        (folder / part).mkdir(exist_ok=True)
+        _make_folder(folder / part)
         languages = {k: v for k, v in entry[which]["languages"].items() if k == "python"}
         totals = languages.get("python", {"documents": 0, "bytes": 0, "tokens": 0})
         view[which] = {**totals, "languages": languages, "records": entry[which]["records"]}
         for kind, array in (("index", index), ("lengths", lengths.astype(np.uint32))):
             view[which][kind] = f"{part}/{which}.{kind}.npy"
-            _save(folder / view[which][kind], array)
-            files[view[which][kind]] = corpus.checksum(folder / view[which][kind])
+            files[view[which][kind]] = _put(
+                folder / view[which][kind], functools.partial(_save, array)
+            )
     return {part: view}
 
 
-def _join_arrays(path: Path, parts: list[Path], dtype) -> None:
+def _make_folder(folder: Path) -> None:
+    if not storage.is_remote(folder):  # a remote store has none
+        folder.mkdir(exist_ok=True)
+
+
+def _put(path: Path, fill: Callable[[Path], None]) -> dict:
+    """Writes a file, whole; returns its size and checksum."""
+    with storage.writing(path) as temporary:
+        fill(temporary)
+        return corpus.checksum(temporary)
+
+
+def _join_arrays(parts: list[np.ndarray], dtype, path: Path) -> None:
     """Arrays of numbers, one behind the other, without holding them all."""
-    counts = [len(np.load(part, mmap_mode="r")) for part in parts]
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (sum(counts),)}
+    with path.open("wb") as file:
+        shape = (sum(map(len, parts)),)
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         for part in parts:
-            file.write(np.load(part).astype(dtype).tobytes())
-    os.replace(temporary, path)
+            file.write(part.astype(dtype).tobytes())
+
+
+def _save(array: np.ndarray, path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, array)
 
 
 def _keep_lists(folder: Path, job: Job, files: dict) -> None:
     """removed/: one JSON line per document that was left out, in order of the input."""
-    (folder / REMOVED).mkdir(exist_ok=True)
+    _make_folder(folder / REMOVED)
     for number in range(len(job.units)):
+
+        def fill(path: Path, number: int = number) -> None:
+            with path.open("wb") as file:
+                for task in ("read", "write"):
+                    part = storage.local(job.path(task, number) / "removed.jsonl")
+                    file.write(part.read_bytes())
+
         name = f"{REMOVED}/{number:05d}.jsonl"
-        temporary = folder / f"{name}.tmp"
-        with temporary.open("wb") as file:
-            for task in ("read", "write"):
-                file.write((job.path(task, number) / "removed.jsonl").read_bytes())
-        os.replace(temporary, folder / name)
-        files[name] = corpus.checksum(folder / name)
+        files[name] = _put(folder / name, fill)
 
 
 def _sum(parts) -> dict:
@@ -174,10 +193,3 @@ def reasons(job: Job) -> str:
     """Why nothing was kept, in words."""
     removed = _removed([job.result("read", n)["removed"] for n in job.named])
     return ", ".join(f"{of['documents']} {why}" for why, of in removed.items()) or "no document"
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.save(file, array)
-    os.replace(temporary, path)

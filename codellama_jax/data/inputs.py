@@ -7,6 +7,7 @@
     .array_record, JSON records          record ranges
     a TensorFlow Datasets name or folder record ranges (extra `tfds`; TensorFlow is not needed)
 
+All of them may be in a remote store, as gs://bucket/code.parquet (storage.py).
 Which units there are depends on the input alone, never on the number of workers. A unit is read as
 a stream: what it holds is in memory one document at a time.
 """
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from codellama_jax.data import sources
+from codellama_jax.data import corpus, sources, storage
 from codellama_jax.data.sources import Document
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -77,7 +78,7 @@ class Unit:
     num_bytes: int  # about
     start: int = 0
     end: int = 0
-    files: tuple[str, ...] = field(default=(), repr=False)
+    files: tuple[tuple[str, tuple], ...] = field(default=(), repr=False)  # with size and time
     tree: sources.Tree | None = None  # that these files are from
     split: str = ""  # of a TensorFlow data set
     fill: bool = False  # only for corpora that other inputs have nothing for
@@ -103,7 +104,7 @@ def units(given: Input, *, unit_bytes: int) -> list[Unit]:
             "topics", given.path, given, sum(len(d.text) for d in sources.python_topics())
         )
         return [*_tree_units(given, unit_bytes), topics]
-    path = Path(given.path)
+    path = storage.path(given.path)
     if path.is_dir() and not (path / "dataset_info.json").exists():
         data = sorted(p for p in path.iterdir() if _is_data(p))
         if not data:
@@ -117,7 +118,8 @@ def units(given: Input, *, unit_bytes: int) -> list[Unit]:
 def _is_data(path: Path) -> bool:
     """Whether a directory that holds this file is one of data, not of source code."""
     plain = path.name.removesuffix(".gz").removesuffix(".zst")
-    return path.is_file() and plain.endswith((".jsonl", ".ndjson", ".parquet", ".array_record"))
+    endings = (".jsonl", ".ndjson", ".parquet", ".array_record")
+    return plain.endswith(endings) and path.is_file()
 
 
 def read(unit: Unit, fields: Fields, *, file_bytes: int) -> Iterator[Document | Left]:
@@ -155,10 +157,10 @@ def fingerprint(units: list[Unit]) -> list:
     """Names, sizes and times of change of all that is read: they tell a change."""
     files = {}
     for unit in units:
-        paths = [unit.tree.root / name for name in unit.files] if unit.tree else [Path(unit.path)]
-        for path in paths:
-            if str(path) not in files and path.is_file():
-                files[str(path)] = [path.stat().st_size, path.stat().st_mtime_ns]
+        if unit.tree:
+            files |= {str(unit.tree.root / name): stamp for name, stamp in unit.files}
+        elif unit.path not in files:
+            files[unit.path] = sources.stamp(storage.path(unit.path))
     return list(files.items())
 
 
@@ -171,8 +173,9 @@ def _tree_units(given: Input, unit_bytes: int) -> Iterator[Unit]:
         files, size = [], 0
         for path in sources.source_files(tree):
             found = True
-            files.append(path.relative_to(tree.root).as_posix())
-            size += path.stat().st_size
+            stamp = sources.stamp(path)
+            files.append((sources.name_below(tree.root, path), stamp))
+            size += stamp[0]
             if size >= unit_bytes:
                 yield Unit("files", given.path, given, size, files=tuple(files), tree=tree)
                 files, size = [], 0
@@ -186,17 +189,15 @@ def _tree_units(given: Input, unit_bytes: int) -> Iterator[Unit]:
 
 def _read_files(unit: Unit, file_bytes: int) -> Iterator[Document | Left]:
     tree = unit.tree
-    for name in unit.files:
+    for name, (size, _) in unit.files:
         path = tree.root / name
         shown = name.encode(errors="replace").decode()
         language = sources.LANGUAGES[path.suffix.lower()]
-        size = 0
         try:
-            size = path.stat().st_size
             if file_bytes and size > file_bytes:
                 yield Left(f"larger than {file_bytes:,} bytes", shown, size, language)
                 continue
-            text = path.read_bytes().decode("utf-8")
+            text = storage.again(path.read_bytes).decode("utf-8")
         except OSError:
             yield Left("unreadable", shown, size, language)
         except UnicodeDecodeError:
@@ -209,7 +210,7 @@ def _read_files(unit: Unit, file_bytes: int) -> Iterator[Document | Left]:
 
 
 def _data_units(path: Path, given: Input, unit_bytes: int) -> Iterator[Unit]:
-    size = path.stat().st_size
+    size = storage.size(path)
     suffix = path.suffix.lower()
     if suffix in PACKED:
         yield Unit("packed", str(path), given, size)
@@ -240,7 +241,8 @@ def _ranges(kind: str, path, given: Input, count: int, size: int, unit_bytes: in
 
 
 def _parquet_units(path: Path, given: Input, unit_bytes: int) -> Iterator[Unit]:
-    metadata = _pyarrow().ParquetFile(path).metadata
+    with path.open("rb") as file:
+        metadata = _pyarrow().ParquetFile(file).metadata
     start, size = 0, 0
     for group in range(metadata.num_row_groups):
         size += metadata.row_group(group).total_byte_size
@@ -259,7 +261,7 @@ def _tfds_units(given: Input, unit_bytes: int) -> Iterator[Unit]:
 
 def _read_json(unit: Unit) -> Iterator[dict | bytes]:
     """The lines that begin in [start, end)."""
-    with open(unit.path, "rb") as file:
+    with storage.path(unit.path).open("rb") as file:
         if unit.start:
             file.seek(unit.start - 1)
             file.readline()
@@ -269,16 +271,17 @@ def _read_json(unit: Unit) -> Iterator[dict | bytes]:
 
 
 def _read_packed(unit: Unit) -> Iterator[dict | bytes]:
+    packed = storage.path(unit.path).open("rb")
     if unit.path.endswith(".gz"):
-        file = gzip.open(unit.path, "rb")
+        file = gzip.GzipFile(fileobj=packed)
     else:
         try:
             import zstandard
         except ImportError:
             raise ValueError(f"{unit.path} needs the package zstandard; install it") from None
-        packed = zstandard.ZstdDecompressor().stream_reader(open(unit.path, "rb"))
-        file = io.BufferedReader(packed, 1 << 20)
-    with file:
+        unpacked = zstandard.ZstdDecompressor().stream_reader(packed)
+        file = io.BufferedReader(unpacked, 1 << 20)
+    with packed, file:
         try:
             for line in file:
                 if line.strip():
@@ -288,9 +291,10 @@ def _read_packed(unit: Unit) -> Iterator[dict | bytes]:
 
 
 def _read_parquet(unit: Unit) -> Iterator[dict]:
-    file = _pyarrow().ParquetFile(unit.path)
-    for batch in file.iter_batches(256, row_groups=range(unit.start, unit.end)):
-        yield from batch.to_pylist()
+    with storage.path(unit.path).open("rb") as opened:
+        file = _pyarrow().ParquetFile(opened)
+        for batch in file.iter_batches(256, row_groups=range(unit.start, unit.end)):
+            yield from batch.to_pylist()
 
 
 def _read_array_record(unit: Unit) -> Iterator[dict | bytes]:
@@ -365,9 +369,7 @@ def _text(value):
 
 
 def _array_record(path: str):
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-    return ArrayRecordDataSource([path])
+    return corpus.record_source([storage.path(path)])
 
 
 def _pyarrow():
@@ -387,9 +389,12 @@ def _tfds_builder(name: str):
             "install the package tensorflow-datasets (TensorFlow is not needed)"
         ) from None
     try:
-        if Path(name).is_dir():
+        if storage.path(name).is_dir():
             return tfds.builder_from_directory(name)
-        return tfds.builder(name, file_format="array_record")
+        builder = tfds.builder(name, file_format="array_record")
+        if not builder.is_prepared():
+            builder.download_and_prepare()
+        return builder
     except (ValueError, OSError, tfds.core.registered.DatasetNotFoundError) as error:
         first = str(error).strip().split("\n")[0]
         raise ValueError(

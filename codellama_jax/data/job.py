@@ -13,16 +13,18 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from codellama_jax.data import clean, corpus, inputs
+from codellama_jax.data import clean, corpus, inputs, storage
 from codellama_jax.data.sources import Document, Tally
 
 READ_AT_ONCE = 32  # records
+DONE = "done"  # the last file of a remote folder
 
 
 @dataclass(frozen=True)
@@ -44,28 +46,47 @@ class Job:
         return [n for n, unit in enumerate(self.units) if not unit.fill]
 
     def path(self, name: str, number: int | None = None) -> Path:
-        return Path(self.work) / (name if number is None else f"{name}-{number:05d}")
+        return storage.path(self.work) / (name if number is None else f"{name}-{number:05d}")
 
     def result(self, name: str, number: int | None = None) -> dict:
-        return json.loads((self.path(name, number) / "result.json").read_text())
+        return json.loads(storage.local(self.path(name, number) / "result.json").read_text())
 
     def array(self, column: str, name: str, number: int | None = None) -> np.ndarray:
-        return np.load(self.path(name, number) / f"{column}.npy", mmap_mode="r")
+        file = storage.local(self.path(name, number) / f"{column}.npy")
+        return np.load(file, mmap_mode="r")
 
     def offsets(self, table: str) -> np.ndarray:
         """Number of the first row of every unit, and of all: int64 [units + 1]."""
         return self.array("offsets", f"{table}_counted")
 
 
+def is_done(path: Path) -> bool:
+    return storage.again((path / DONE).exists if storage.is_remote(path) else path.exists)
+
+
 def whole(path: Path, fill: Callable[[Path], None]) -> None:
-    """Makes a folder that is there only once `fill` has filled it."""
-    if path.exists():
+    """Makes a folder that is there only once `fill` has filled it, a local folder.
+
+    A local one is renamed in the end; a remote store has no such thing, so a file tells.
+    """
+    if is_done(path):
         return
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    if storage.is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="codellama-") as folder:
+            fill(Path(folder))
+            storage.send_all(Path(folder), path)
+            (Path(folder) / DONE).touch()
+            storage.send(Path(folder) / DONE, path / DONE)
+        return
+    temporary = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent))
     fill(temporary)
-    os.replace(temporary, path)
+    temporary.chmod(0o755)
+    try:
+        os.replace(temporary, path)
+    except OSError:  # an engine may run a task twice at once
+        if not path.exists():
+            raise
+        shutil.rmtree(temporary)
 
 
 def write_result(out: Path, result: dict) -> None:
@@ -140,7 +161,7 @@ class Records:
         self._open = functools.lru_cache(maxsize=16)(self._open_unit)
 
     def _open_unit(self, unit: int):
-        return corpus.record_source([str(self._job.path(self._table, unit) / "records")])
+        return corpus.record_source([self._job.path(self._table, unit) / "records"])
 
     def __getitem__(self, row: int) -> Document:
         unit = int(np.searchsorted(self._starts, row, side="right")) - 1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from codellama_jax.data import clean
+from codellama_jax.data import clean, storage
 
 JOINED = (("prompt", "canonical_solution"), ("text", "code"))
 
@@ -24,7 +24,7 @@ def load(paths: tuple[str, ...], num_words: int) -> tuple[np.ndarray, np.ndarray
     """
     hashes, numbers = [], []
     for number, path in enumerate(paths):
-        found, inside = clean.run_hashes(*clean.word_hashes(_texts(Path(path))), num_words)
+        found, inside = clean.run_hashes(*clean.word_hashes(_texts(storage.path(path))), num_words)
         if not inside.any():
             raise ValueError(f"{path} has no text of {num_words} words to look for")
         hashes.append(np.unique(found[inside]))
@@ -52,11 +52,11 @@ def find(runs: np.ndarray, inside: np.ndarray, sizes: np.ndarray, sets: tuple) -
 
 
 def _texts(path: Path) -> list[str]:
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path}, an evaluation set, is missing")
-    texts = []
+    texts, opened = [], gzip.open if path.suffix == ".gz" else open
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        with opened(storage.local(path), "rt", encoding="utf-8") as file:
             for line in filter(str.strip, file):
                 record = json.loads(line)
                 fields = {k: "\n".join(v) if isinstance(v, list) else v for k, v in record.items()}

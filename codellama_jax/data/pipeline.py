@@ -39,12 +39,14 @@ from codellama_jax.data import (
     inputs,
     job,
     pieces,
+    storage,
     tasks,
 )
 from codellama_jax.data.filters import Filters
 
 FORMS = ("docstrings", "dialogues")
 Progress = Callable[[str, int, int], None]  # name of the round, done, of how much
+Engine = Callable[[job.Job, str, list[int]], None]  # does tasks of a round
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ class Request:
     def fingerprint(self, units: tuple[inputs.Unit, ...]) -> str:
         """Changes when the settings or the files they name change."""
         files = [inputs.fingerprint(units)]
-        files += [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in self.evaluations]
+        for path in self.evaluations:
+            files.append(hashlib.sha256(storage.path(path).read_bytes()).hexdigest())
         return hashlib.sha256(json.dumps([asdict(self), files]).encode()).hexdigest()
 
 
@@ -112,23 +115,25 @@ def prepare(
     request: Request,
     *,
     workers: int = 1,
+    engine: Engine | None = None,
     progress: Progress | None = None,
 ) -> corpus.Corpus:
     """Writes the corpora of `request` to `folder`, goes on where it was left, or opens them.
 
+    engine: runs the tasks instead of processes of our own, as beam.run does.
     progress(round, done, total) in bytes of input, or in tasks. Raises ValueError for inputs that
     cannot be read, settings other than those of what lies there, and where nothing is left.
     """
-    folder = Path(folder)
+    folder = storage.path(folder)
     if (folder / "manifest.json").exists():
         prepared = corpus.open(folder, tokenizer)
         _same(prepared.manifest["asked"], _asked(request, request.units()), folder)
         return prepared
-    made = clean_documents(folder, request, workers=workers, progress=progress)
+    made = clean_documents(folder, request, workers=workers, engine=engine, progress=progress)
     path = folder / "work" / "tokenizer.json"
     _claim(path, {"tokenizer": tokenizer.fingerprint}, folder)
     _write(path, {"tokenizer": tokenizer.fingerprint, "path": str(tokenizer.path)})
-    with _Pool(made, workers, progress) as pool:
+    with _Pool(made, workers, engine, progress) as pool:
         pool.run("write", [unit.num_bytes for unit in made.units])
     asked = _asked(request, made.units) | {"tokenizer": tokenizer.fingerprint}
     return finish.finish(folder, made, asked, tokenizer)
@@ -141,7 +146,7 @@ def training_texts(
 
     All of `prepare` but the counting of tokens and the writing, with which that goes on.
     """
-    made = clean_documents(Path(folder), request, workers=workers)
+    made = clean_documents(storage.path(folder), request, workers=workers)
     for number in range(len(made.units)):
         for document, held_out in tasks.documents(made, number):
             if document.corpus in names and not held_out:
@@ -149,18 +154,24 @@ def training_texts(
 
 
 def clean_documents(
-    folder: Path, request: Request, *, workers: int, progress: Progress | None = None
+    folder: Path,
+    request: Request,
+    *,
+    workers: int,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
 ) -> job.Job:
     """All rounds up to the last, or those that are missing."""
     for path in request.evaluations:
-        if not Path(path).is_file():
+        if not storage.path(path).exists():
             raise ValueError(f"{path}, an evaluation set, is missing")
     units = request.units()
     made = job.Job(str(folder / "work"), request, units)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "work").exists():
+    begun = (folder / "work" / "asked.json").exists()
+    if not begun and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds something else; choose another folder")
     _claim(folder / "work" / "asked.json", _asked(request, units), folder)
-    with _Pool(made, workers, progress) as pool:
+    with _Pool(made, workers, engine, progress) as pool:
         _run(made, pool)
     return made
 
@@ -182,7 +193,8 @@ def _claim(path: Path, asked: dict, folder: Path) -> None:
     if path.exists():
         _same(json.loads(path.read_text()), asked, folder)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not storage.is_remote(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, asked)
 
 
@@ -226,12 +238,14 @@ def _merge(made: job.Job, name: str, merge: Callable, *table: str) -> None:
 
 
 class _Pool:
-    """Runs the tasks that are not done yet: in processes, or here for one worker."""
+    """Runs the tasks that are not done yet: in processes, here for one worker, or by an engine."""
 
-    def __init__(self, made: job.Job, workers: int, progress: Progress | None):
+    def __init__(
+        self, made: job.Job, workers: int, engine: Engine | None, progress: Progress | None
+    ):
         if workers < 1:
             raise ValueError(f"workers={workers} must be at least 1")
-        self._job, self._workers, self._progress = made, workers, progress
+        self._job, self._workers, self._engine, self._progress = made, workers, engine, progress
         self._executor = None
 
     def __enter__(self) -> "_Pool":
@@ -253,10 +267,16 @@ class _Pool:
 
         waiting = []
         for number in range(len(weights)):
-            if self._job.path(name, number).exists():
+            if job.is_done(self._job.path(name, number)):
                 tell(number)
             elif number not in but:
                 waiting.append(number)
+        if self._engine:
+            if waiting:
+                self._engine(self._job, name, waiting)
+            for number in waiting:
+                tell(number)
+            return
         if self._workers == 1 or len(waiting) < 2:
             for number in waiting:
                 tasks.do(self._job, name, number)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from codellama_jax.data import storage
+
 _ENDINGS = {
     "python": ".py .pyi",
     "cython": ".pyx",
@@ -109,7 +111,8 @@ class Tree:
 def trees(path: str) -> list[Tree]:
     """The folders that a path stands for; those of THIS_PYTHON are its library and its headers."""
     if path != THIS_PYTHON:
-        return [Tree(Path(path), Path(path).resolve().name)]
+        root = storage.path(path)
+        return [Tree(root, root.name if storage.is_remote(path) else root.resolve().name)]
     roots = ((kind, Path(sysconfig.get_path(kind))) for kind in ("stdlib", "include"))
     return [
         Tree(root, f"{_python()}-{kind}", PYTHON_LICENCE, frozenset(PYTHON_SKIPPED))
@@ -134,13 +137,37 @@ def _python() -> str:
 def source_files(tree: Tree) -> Iterator[Path]:
     """Files with a known ending, in a fixed order; hidden folders and links are not entered."""
     skipped = SKIPPED_FOLDERS | tree.skipped
-    for folder, folders, names in os.walk(tree.root):
+    remote = storage.is_remote(tree.root)
+    for folder, folders, names in tree.root.walk() if remote else os.walk(tree.root):
         folders[:] = sorted(
             name
             for name in folders
             if name not in skipped and not name.startswith((".", "config-"))
         )
+        folder = _with_scheme(folder, tree.root) if remote else Path(folder)
         for name in sorted(names):
-            path = Path(folder, name)
-            if path.suffix.lower() in LANGUAGES and path.is_file() and not path.is_symlink():
-                yield path
+            path = folder / name
+            if path.suffix.lower() in LANGUAGES:
+                if remote or path.is_file() and not path.is_symlink():
+                    yield path
+
+
+def _with_scheme(folder, root):
+    """epath's walk leaves out gs://."""
+    scheme = str(root).split("://")[0] + "://"
+    return storage.path(scheme + str(folder).removeprefix(scheme))
+
+
+def stamp(path: Path) -> tuple[int, float]:
+    """Size and time of change of a file; nothing where it is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    if storage.is_remote(path):
+        return status.length, status.mtime
+    return status.st_size, status.st_mtime_ns
+
+
+def name_below(root: Path, path: Path) -> str:
+    return str(path)[len(str(root)) :].lstrip("/")

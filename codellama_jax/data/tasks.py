@@ -223,7 +223,7 @@ def write(job: Job, number: int, out: Path) -> None:
     """The documents of a unit that are kept: shards, tokens, and the counts for the manifest."""
     from codellama_jax.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(json.loads((job.path("tokenizer.json")).read_text())["path"])
+    tokenizer = Tokenizer(json.loads(job.path("tokenizer.json").read_text())["path"])
     left, splits = Left(out), {}
     sources: dict[str, Counter] = {}
     try:
