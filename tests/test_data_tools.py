@@ -1,5 +1,6 @@
 """tools/prepare_corpus.py and tools/look_at_batch.py, as a person uses them."""
 
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -65,6 +66,12 @@ def test_a_batch_that_cannot_be_shown_ends_in_one_sentence(run):
     assert status == 1 and "write NAME=SHARE" in err
     status, _, err = run(*look, "--mix", "code=1", "--seq-len", 64, "--row", 9)
     assert status == 1 and "the batch has rows 0 to 7" in err
+
+
+def test_looking_takes_no_accelerator(run, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    run("look_at_batch.py", "--help")
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
 
 
 def test_a_file_is_found_and_a_stage_planned(run):

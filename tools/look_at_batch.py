@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a clone that is not installed
+os.environ["JAX_PLATFORMS"] = "cpu"  # the accelerator may be held by the run that is looked at
 
 
 def main() -> int:
