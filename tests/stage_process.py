@@ -3,7 +3,7 @@
     python stage_process.py STAGE.json WORKDIR [WAIT]
 
 SIGNAL_AT="3:SIGKILL" in the environment makes the process send itself that signal at step 3, and
-then take its time for every step.
+then take its time for every step. ERROR_AT="3" makes it fail there, as on a full disk.
 """
 
 import json
@@ -127,8 +127,22 @@ def signal_at(text: str) -> None:
     metrics.Record.stepped = stepped_and_told
 
 
+def error_at(step: str) -> None:
+    """Fails once this process has dispatched a step."""
+    stepped = metrics.Record.stepped
+
+    def stepped_or_not(record, values):
+        stepped(record, values)
+        if record.step == int(step):
+            raise OSError("there is no space left here")
+
+    metrics.Record.stepped = stepped_or_not
+
+
 def main() -> None:
     stage, workdir, wait = sys.argv[1:]
+    if "ERROR_AT" in os.environ:
+        error_at(os.environ["ERROR_AT"])
     if "SIGNAL_AT" in os.environ:
         signal_at(os.environ["SIGNAL_AT"])
     with launch.refusals():

@@ -128,6 +128,16 @@ def test_a_killed_process_ends_the_others_and_the_restart_is_bit_for_bit(alone, 
     assert goodput.summary(goodput.read(killed / "code")).calls == 2
 
 
+@pytest.mark.slow
+def test_a_process_that_fails_by_itself_ends_the_others_with_its_reason(programs, tmp_path):
+    workdir = new_workdir(tmp_path / "workdir")
+    short = stage(layout={"tensor": 2}, eval_rows=1)
+    processes, logs = start(2, short, workdir, programs, devices=1, p1={"ERROR_AT": "5"})
+    assert 0 not in ended(processes), texts(logs)
+    assert "error: there is no space left here" in logs[1].read_text(), texts(logs)
+    assert "process 1 of 2 on " in logs[0].read_text(), texts(logs)
+
+
 # -- refusals ------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_a_host_that_is_missing_is_named(programs, tmp_path):
