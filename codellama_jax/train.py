@@ -20,7 +20,7 @@ from codellama_jax import (
     whole,
 )
 from codellama_jax.config import check
-from codellama_jax.data import corpus, mix
+from codellama_jax.data import corpus, mix, storage
 from codellama_jax.evals import heldout
 from codellama_jax.metrics import Record
 from codellama_jax.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ def train(stage: config.Stage, workdir: epath.PathLike) -> state.Params:
     FloatingPointError when the loss stops being finite, and stop.Stopped after a signal.
     """
     workdir = checkpoint.absolute(workdir)
-    folder, corpus_dir = workdir / stage.name, workdir / stage.data.corpus
+    folder, corpus_dir = workdir / stage.name, storage.beside(workdir, stage.data.corpus)
     cluster.compare(lambda: identity(stage, workdir))
     writes = jax.process_index() == 0
 
@@ -133,7 +133,7 @@ def told_to_stop(signals: stop.Signals, checkpoints: checkpoint.Checkpoints, now
 def identity(stage: config.Stage, workdir: epath.Path) -> dict[str, object]:
     """What must be the same on all processes of a run, by name."""
     tokenizer = Tokenizer(workdir / stage.data.tokenizer)
-    folder = corpus.open(workdir / stage.data.corpus, tokenizer)
+    folder = corpus.open(storage.beside(workdir, stage.data.corpus), tokenizer)
     recipe = checkpoint.describe(stage, tokenizer.fingerprint, folder.fingerprint)
     own = ("stage.data.corpus", "stage.data.tokenizer")  # each may have a copy of its own
     said = checkpoint.flat(recipe) | cluster.machine()

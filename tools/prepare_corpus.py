@@ -159,7 +159,8 @@ class Bars:
             progress.TimeElapsedColumn(),
             progress.TimeRemainingColumn(),
         )
-        self._progress = progress.Progress(*columns)
+        # No thread of its own: tensorflow-datasets changes how all threads import while it does.
+        self._progress = progress.Progress(*columns, auto_refresh=False)
         self._tasks: dict = {}
         self._reading = self._progress.add_task("looking", total=None)
         self._progress.start()
@@ -174,6 +175,7 @@ class Bars:
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total)
         self._progress.update(self._tasks[name], completed=done)
+        self._progress.refresh()
 
 
 def show(prepared) -> None:
