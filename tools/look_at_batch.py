@@ -85,8 +85,9 @@ def arguments() -> argparse.Namespace:
 
 def from_stage(args: argparse.Namespace) -> tuple:
     from codellama_jax import checkpoint, config
+    from codellama_jax.data import storage
 
-    workdir = Path(args.stage).parent
+    workdir = storage.path(args.stage).parent
     saved = checkpoint.read_recipe(args.stage)["stage"]
     if saved is None:
         raise ValueError(f"{args.stage} holds imported weights: it was not trained on a corpus")

@@ -25,14 +25,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a clone that is 
 
 def main() -> int:
     args = arguments()
-    from codellama_jax.data import materialise
+    from codellama_jax.data import materialise, storage
     from codellama_jax.tokenizer import Tokenizer
 
     try:
         stage = chosen(args)
         if stage.data.rows is None:
             raise ValueError("name the folder to write in the corpus's: --set data.rows=rows")
-        workdir = Path(args.workdir)
+        workdir = storage.path(args.workdir)
         manifest = materialise.prepare(
             stage.data,
             workdir / stage.data.corpus,

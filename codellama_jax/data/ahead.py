@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from codellama_jax import config
-from codellama_jax.data import corpus
+from codellama_jax.data import corpus, storage
 from codellama_jax.data.rows import Row
 
 FORMAT = 1  # of the folder; a change makes older folders unreadable
@@ -47,7 +47,7 @@ class Ahead:
         self._name, self._capacity = name, capacity
         self._dtype = np.dtype(entry["dtype"])
         try:
-            self._records = corpus.record_source([str(folder / file) for file in entry["files"]])
+            self._records = corpus.record_source([folder / file for file in entry["files"]])
         except RuntimeError as error:
             raise ValueError(
                 f"{folder} is damaged ({error}); delete it and run tools/prepare_rows.py again"
@@ -84,7 +84,7 @@ def open_ahead(
     Raises ValueError where the folder is not whole, was written for other settings, another corpus
     or another tokenizer (each difference is named), or has rows of none of the corpora.
     """
-    place = Path(folder.folder) / data.rows
+    place = storage.beside(folder.folder, data.rows)
     manifest = read_json(place / "manifest.json")
     if manifest is None:
         raise ValueError(
@@ -93,7 +93,7 @@ def open_ahead(
         )
     same(manifest["of"], depends_on(data, folder, tokenizer), place)
     for name, entry in manifest["files"].items():
-        size = (place / name).stat().st_size if (place / name).exists() else None
+        size = storage.size(place / name)
         if size != entry["bytes"]:
             state = "is missing" if size is None else f"has {size} bytes, not {entry['bytes']}"
             raise ValueError(

@@ -8,7 +8,6 @@ import concurrent.futures
 import functools
 import json
 import multiprocessing
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from codellama_jax import config
-from codellama_jax.data import ahead, corpus, mix
+from codellama_jax.data import ahead, corpus, mix, storage
 from codellama_jax.tokenizer import Tokenizer
 
 SHARD_TOKENS = 32 * 1024**2
@@ -34,7 +33,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        return Path(self.corpus_dir) / self.data.rows
+        return storage.beside(self.corpus_dir, self.data.rows)
 
     def shards(self) -> list[tuple[str, str, int, int]]:
         """(file, corpus, first row, last row + 1) of every shard; rows from firsts[corpus] on."""
@@ -130,18 +129,17 @@ def _write_shard(job: Job, shard: tuple[str, str, int, int]) -> dict:
     path = job.folder / file
     if not path.exists():
         rows, dtype = _rows(job)[name], _dtype(job.tokenizer)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        writer = corpus.Writer(temporary)
-        try:
-            for index in range(first, last):
-                row = rows.row(job.firsts[name] + index)
-                record = ahead.encode(row, dtype)
-                again = ahead.decode(record, dtype, job.data.seq_len + 1)
-                assert all((row[key] == again[key]).all() for key in row), (name, index)
-                writer.write(record)
-        finally:
-            writer.close()
-        os.replace(temporary, path)
+        with storage.writing(path) as temporary:
+            writer = corpus.Writer(temporary)
+            try:
+                for index in range(first, last):
+                    row = rows.row(job.firsts[name] + index)
+                    record = ahead.encode(row, dtype)
+                    again = ahead.decode(record, dtype, job.data.seq_len + 1)
+                    assert all((row[key] == again[key]).all() for key in row), (name, index)
+                    writer.write(record)
+            finally:
+                writer.close()
     return corpus.checksum(path)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from codellama_jax import config
-from codellama_jax.data import ahead, corpus, infilling
+from codellama_jax.data import ahead, corpus, infilling, storage
 from codellama_jax.data.dialogue import DialogueRows
 from codellama_jax.data.rows import Piece, Row, Rows
 
@@ -239,6 +239,8 @@ def _open_rows(
     if folder.manifest["corpora"][name]["kind"] == "dialogues":
         return DialogueRows(split, tokenizer, name=name, seed=data.seed, seq_len=data.seq_len)
     rates = infilling.Rates(data.infilling_rate, data.spm_rate, data.line_rate)
+    local = which == "train" and not storage.is_remote(folder.folder)
+    keep = folder.folder / "plans" if local else None
     return Rows(
         split,
         tokenizer,
@@ -246,7 +248,7 @@ def _open_rows(
         seed=data.seed,
         seq_len=data.seq_len,
         rates=rates,
-        keep=Path(folder.folder) / "plans" if which == "train" else None,
+        keep=keep,
     )
 
 
