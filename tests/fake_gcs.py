@@ -21,6 +21,11 @@ COUNT = {"requests": 0, "failed": 0}
 LOCK = threading.Lock()
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128
+    daemon_threads = True
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -45,13 +50,14 @@ class Handler(BaseHTTPRequestHandler):
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         with LOCK:
             COUNT["requests"] += 1
-            if COUNT["requests"] % 40 == 0:
-                COUNT["failed"] += 1
-                return self.answer({"error": {"code": 503, "message": "busy"}}, 503)
-            for (wanted, pattern), reply in ROUTES.items():
-                found = re.fullmatch(pattern, url.path)
-                if wanted == method and found:
-                    return reply(self, query, body, *map(unquote, found.groups()))
+            fails = COUNT["requests"] % 40 == 0
+            COUNT["failed"] += fails
+        if fails:
+            return self.answer({"error": {"code": 503, "message": "busy"}}, 503)
+        for (wanted, pattern), reply in ROUTES.items():
+            found = re.fullmatch(pattern, url.path)
+            if wanted == method and found:
+                return reply(self, query, body, *map(unquote, found.groups()))
         self.answer({"error": {"code": 404, "message": f"no such thing: {self.path}"}}, 404)
 
     def answer(self, content: dict | bytes, status: int = 200, **headers: str) -> None:
@@ -188,7 +194,7 @@ if __name__ == "__main__":
     for path in folder.rglob("*"):
         if path.is_file():
             OBJECTS["bucket", path.relative_to(folder).as_posix()] = path.read_bytes()
-    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    made = Server(("127.0.0.1", 0), Handler)
     print(f"http://127.0.0.1:{made.server_port}", flush=True)
     threading.Thread(target=made.serve_forever, daemon=True).start()
     sys.stdin.read()

@@ -65,6 +65,8 @@ def bucket(folder: Path):
             "STORAGE_EMULATOR_HOST": address,  # gcsfs
             "CLOUD_STORAGE_EMULATOR_ENDPOINT": address,  # array_record
             "GOOGLE_CLOUD_PROJECT": "none",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         }
         try:
