@@ -72,7 +72,7 @@ LAYOUTS = {       # size, rows of a batch, row length: slice
         "v5e:16x16": Layout(microbatches=4, loss_chunk=4_096),
     },
     ("34b", 64, 16_384): {
-        "v5e:16x16": Layout(tensor=4, loss_chunk=4_096),
+        "v5e:16x16": Layout(context=4, loss_chunk=4_096),
     },
 }
 # fmt: on

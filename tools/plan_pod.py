@@ -197,15 +197,15 @@ def surveyed(stage: config.Stage, known: list[dict], rows: list[dict]) -> str:
         )
     lines += ["", f"by arithmetic, everything recomputed; days at an MFU of {USUAL_MFU:.0%}"]
     for chip in chips.CHIPS:
-        of_chip = [row for row in rows if row["slice"].startswith(f"{chip}:")]
+        of_chip = [row for row in rows if row["slice"].startswith(f"{chip}:") and row["layout"]]
         first = next((i for i, row in enumerate(of_chip) if row["smallest"]), None)
         if first is None:
             lines.append(f"{chip:>14}  no slice fits")
             continue
         for row in of_chip[first : first + 1] + of_chip[-1:]:
             lines.append(
-                f"{row['slice']:>14}  {row['needs_gib'] or 0:6.1f}  of {row['has_gib']:5.2f} GiB  "
-                f"{row['days']:10,.1f} days  {row['layout'] or 'rows do not divide'}"
+                f"{row['slice']:>14}  {row['needs_gib']:6.1f}  of {row['has_gib']:5.2f} GiB  "
+                f"{row['days']:10,.1f} days  {row['layout']}"
             )
     return "\n".join(lines)
 
