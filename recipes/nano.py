@@ -267,6 +267,7 @@ TRAINING_SHARE = 0.2  # of the speed of a large matrix product, that training re
 SECONDS_PER_STAGE = 25  # compiling, held-out losses, checkpoints, and a share of the judging
 
 
+FINISHED = "long_context"  # sec. 2.4: the paper's Code Llama is the one after long context
 LINES = 600  # held-out lines to infill
 MAX_NEW_TOKENS = 48
 PROMPT = "def read_json(path):\n"
@@ -280,7 +281,7 @@ def finish(plan: dict[str, Stage], workdir: Path, tokenizer, began: float) -> No
     params = {name: checkpoint.restore_params(workdir / name, plan[name].model) for name in plan}
     llama, answering = (
         generate.CodeLlama(plan[name].model, params[name], tokenizer)
-        for name in ("code", "instruct")
+        for name in (FINISHED, "instruct")
     )
     skipped: dict[str, str] = {}
 
@@ -312,7 +313,7 @@ def finish(plan: dict[str, Stage], workdir: Path, tokenizer, began: float) -> No
         seconds=time.monotonic() - began,
         long_context=long_context,
         infilling=infilled,
-        completion=results.Sample("code", PROMPT, completion),
+        completion=results.Sample(FINISHED, PROMPT, completion),
         chat=results.Sample("instruct", QUESTION, answer),
         exports=exports,
         skipped=skipped,
@@ -346,19 +347,19 @@ def judge_infilling(llama, plan, params, corpus_dir: Path, tokenizer):
     from codellama_jax import results, sharding
     from codellama_jax.evals import infilling
 
-    code = plan["code"]
+    stage = plan[FINISHED]
     problems = infilling.problems(
         corpus_dir, tokenizer, count=LINES, max_tokens=SEQ_LEN - MAX_NEW_TOKENS, seed=0
     )
-    mesh = sharding.make_mesh(code.layout)
+    mesh = sharding.make_mesh(stage.layout)
     middles = infilling.bits_per_byte(
-        code.model, params["code"], tokenizer, problems, layout=code.layout, mesh=mesh
+        stage.model, params[FINISHED], tokenizer, problems, layout=stage.layout, mesh=mesh
     )
     psm, spm = (
         infilling.exact_match(llama, problems, suffix_first, MAX_NEW_TOKENS)
         for suffix_first in (False, True)
     )
-    return results.Infilling("code", problems, middles, psm, spm)
+    return results.Infilling(FINISHED, problems, middles, psm, spm)
 
 
 def export(stage: Stage, params, workdir: Path, tokenizer):
