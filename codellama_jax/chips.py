@@ -32,17 +32,16 @@ class Chip:
     wraps_at: int  # a dimension of a multiple of this size is a ring, others are lines
     largest: int  # chips in the biggest slice
     dcn_gbs: float  # between slices, per chip, one way
-    host_chips: int  # chips of one host
 
 
 # fmt: off
 CHIPS = {chip.name: chip for chip in (
-    #     name     peak  clock mxu dev cor  hbm GiB   GB/s   link dims wraps largest   dcn host
-    Chip("v4",      275, 1.05, 128,  1,   2,  30.75, 1_200,    45,  3,   4,   4_096,  3.125,  4),
-    Chip("v5e",     197, 1.50, 128,  1,   1,  15.75,   819,    45,  2,  16,     256,  3.125,  8),
-    Chip("v5p",     459, 1.75, 128,  1,   2,  95.74, 2_765,    90,  3,   4,   8_960,  6.25,   4),
-    Chip("v6e",     918, 1.75, 256,  1,   1,  31.25, 1_638,    90,  2,  16,     256,  12.5,   8),
-    Chip("tpu7x", 2_307, 2.20, 256,  2,   1,  94.75, 7_380,   100,  3,   4,   9_216,  12.5,   4),
+    #     name     peak  clock mxu dev cor  hbm GiB   GB/s   link dims wraps largest   dcn
+    Chip("v4",      275, 1.05, 128,  1,   2,  30.75, 1_200,    45,  3,   4,   4_096,  3.125),
+    Chip("v5e",     197, 1.50, 128,  1,   1,  15.75,   819,    45,  2,  16,     256,  3.125),
+    Chip("v5p",     459, 1.75, 128,  1,   2,  95.74, 2_765,    90,  3,   4,   8_960,  6.25),
+    Chip("v6e",     918, 1.75, 256,  1,   1,  31.25, 1_638,    90,  2,  16,     256,  12.5),
+    Chip("tpu7x", 2_307, 2.20, 256,  2,   1,  94.75, 7_380,   100,  3,   4,   9_216,  12.5),
 )}
 # fmt: on
 

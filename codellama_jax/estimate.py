@@ -89,8 +89,10 @@ def kernel_seconds(name: str, stage: config.Stage, where: chips.Slice, mesh: dic
 
 
 # -- links ---------------------------------------------------------------------------------------
-def regions(text: str, facts: Report, where: chips.Slice) -> list[Report]:
-    """The regions of a schedule (schedule.Region), with the links that each collective has."""
+def regions(
+    text: str, facts: Report, where: chips.Slice, rounds: int | None = None
+) -> list[Report]:
+    """The regions of a schedule (schedule.read), with the links that each collective has."""
     return [
         {
             "name": region.name,
@@ -102,7 +104,7 @@ def regions(text: str, facts: Report, where: chips.Slice) -> list[Report]:
                 for each in region.collectives
             ],
         }
-        for region in schedule.read(text)
+        for region in schedule.read(text, rounds)
     ]
 
 

@@ -7,7 +7,7 @@ of its program. Rows of the same size, stage, slice and layout replace one anoth
 import json
 from pathlib import Path
 
-from codellama_jax import config, plan
+from codellama_jax import config, plan, whole
 
 MOST_GROWTH = 0.02  # of the peak, against the ledger
 BEGIN, END = "<!-- ledger -->", "<!-- /ledger -->"
@@ -48,8 +48,8 @@ def record(folder: Path, new: dict) -> None:
     text = (folder / "pods.md").read_text()
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    write(folder / "pods.json", json.dumps(rows, indent=1) + "\n")
-    write(folder / "pods.md", f"{before}{BEGIN}\n{table(rows)}\n{END}{after}")
+    whole.write(folder / "pods.json", json.dumps(rows, indent=1) + "\n")
+    whole.write(folder / "pods.md", f"{before}{BEGIN}\n{table(rows)}\n{END}{after}")
 
 
 def read(folder: Path) -> list[dict]:
@@ -66,13 +66,6 @@ def find(folder: Path, size: str, stage: config.Stage, where: str, layout: confi
     fields = " ".join(plan.as_fields(layout))
     wanted = (size, stage.data.seq_len, stage.data.rows_per_batch, stage.name, where, fields)
     return next((row for row in read(folder) if key(row) == wanted), None)
-
-
-def write(path: Path, text: str) -> None:
-    """Under a temporary name, then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 # -- comparing -----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from codellama_jax import arithmetic, chips, config, estimate
+from codellama_jax import arithmetic, chips, config, estimate, whole
 from codellama_jax.config import check
 
 HEADROOM = 0.05  # share of the memory that a layout of a recipe leaves free
@@ -251,11 +251,9 @@ def load(path: Path) -> Any:
 
 
 def save(path: Path, value: Any) -> None:
-    """Under a temporary name, then renamed: never half of it."""
+    """Bytes as they are, anything else as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(value if isinstance(value, bytes) else json.dumps(value).encode())
-    temporary.replace(path)
+    whole.write(path, value if isinstance(value, bytes) else json.dumps(value))
 
 
 def as_fields(layout: config.Layout) -> list[str]:

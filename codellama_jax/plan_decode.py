@@ -19,7 +19,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from codellama_jax import chips, config, estimate, plan, schedule
+from codellama_jax import chips, config, estimate, plan
 from codellama_jax.config import check
 
 ANSWER = 512  # tokens that the cache has room for after the prompt
@@ -195,7 +195,7 @@ def _time(name, model, where, batch, context, facts, text) -> Report:
 
     prompt = decode.bucket(context)
     rounds = -(-context // min(decode.PREFILL_CHUNK, prompt)) if name == "prefill" else 1
-    facts = facts | {"regions": _regions(facts, text, where, rounds)}
+    facts = facts | {"regions": estimate.regions(text, facts, where, rounds)}
     total = estimate.seconds_of(None, where, facts)  # no kernels here, so no stage is needed
     chip, devices = where.chip, where.chip.devices
     reads = facts["memory"]["arguments"] + _cache_bytes(model, facts["mesh"], batch, prompt, name)
@@ -223,23 +223,6 @@ def _cache_bytes(model, mesh, batch, prompt, name) -> float:
     ways = mesh.get("data", 1) * mesh.get("tensor", 1)
     slots = prompt + decode.bucket(ANSWER)
     return 2 * 2 * model.num_layers * batch * model.num_kv_heads * slots * model.head_dim / ways
-
-
-def _regions(facts, text, where, rounds) -> list[Report]:
-    """As estimate.regions; the loop over chunks, or tokens, runs `rounds` times."""
-    return [
-        {
-            "name": region.name,
-            "times": region.times,
-            "cycles": region.cycles,
-            "kernels": dict(region.kernels),
-            "collectives": [
-                estimate.moved(each, estimate.span(each, facts["places"], facts["slices"], where))
-                for each in region.collectives
-            ],
-        }
-        for region in schedule.read(text, rounds)
-    ]
 
 
 # -- for people ----------------------------------------------------------------------------------

@@ -9,11 +9,10 @@ in results.Results. What was not run is said to be so.
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from codellama_jax import config, metrics, plots, results
+from codellama_jax import config, metrics, plots, results, whole
 from codellama_jax.evals.heldout import ByPosition
 from codellama_jax.evals.infilling import Middles, Problem
 
@@ -36,8 +35,10 @@ def write(run: results.Results, folder: str | Path) -> Path:
     if run.infilling:
         plots.infilling(run.infilling.middles, folder / "infilling.png")
     everything = dataclasses.asdict(run) | {"history": history}
-    _put(folder / "report.json", json.dumps(everything, indent=1))
-    return _put(folder / "report.md", markdown(run, history))
+    whole.write(folder / "report.json", json.dumps(everything, indent=1))
+    path = folder / "report.md"
+    whole.write(path, markdown(run, history))
+    return path
 
 
 def read_history(run: results.Results) -> dict[str, list[dict]]:
@@ -322,10 +323,3 @@ def _written(text: str, most: int = ANSWER_LINES) -> list[str]:
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _put(path: Path, text: str) -> Path:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path

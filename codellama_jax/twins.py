@@ -9,7 +9,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from codellama_jax import chips, config, ledger, plan
+from codellama_jax import chips, config, ledger, plan, whole
 from codellama_jax.config import check
 
 FILE = "pods_twins.json"
@@ -53,7 +53,7 @@ def read(folder: Path) -> dict[str, dict]:
 
 def record(folder: Path, name: str, new: dict) -> None:
     rows = dict(sorted((read(folder) | {name: new}).items()))
-    ledger.write(folder / FILE, json.dumps(rows, indent=1) + "\n")
+    whole.write(folder / FILE, json.dumps(rows, indent=1) + "\n")
 
 
 def compare(name: str, new: dict, old: dict | None) -> str:

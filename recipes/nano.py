@@ -26,15 +26,13 @@ SEQ_LEN = 256  # Llama 2: 4,096
 BATCH = 512  # tokens; the paper: 4M. With so few tokens, many small steps learn the most
 VOCAB_SIZE = 1_024  # with the four infilling pieces; Code Llama: 32,016
 # Table 1. Code comes in two forms: functions, which fit a short row whole and are infilled, and
-# files, which only long rows hold. (A quarter of files in short rows made every loss worse.)
+# files, which only long rows hold: cut to short rows, they make every loss worse.
 CODE_MIX = {"code": 0.85, "code_language": 0.08, "language": 0.07}
 PYTHON_MIX = {"python": 0.75, "code": 0.10, "code_language": 0.10, "language": 0.05}
 FILES = {"code": "code_files", "python": "python_files"}
 TOKENIZER_TEXTS = ["code", "code_language", "language"]
 FUNCTION_CHARS = 400  # longest function-sized document: most fit a row whole
 HELDOUT_RATE = 0.04  # share of files held out
-
-
 LAYOUT = Layout(
     microbatches=1,
     compute_dtype="float32",  # bfloat16 is slower on CPUs
@@ -111,7 +109,7 @@ def stages(vocab_size: int = VOCAB_SIZE) -> dict[str, Stage]:
 
 def lengthened(before: Stage, name: str, steps: int) -> Stage:
     """Long context (sec. 2.4): files whole, rows of 4 times the length, RoPE base 1e4 -> 1e6."""
-    mix = {FILES.get(name, name): share for name, share in before.data.mix.items()}
+    mix = {FILES.get(corpus, corpus): share for corpus, share in before.data.mix.items()}
     return replace(
         before,
         name=name,
@@ -142,12 +140,12 @@ def main() -> None:
         print(forecast(chosen), flush=True)
         from codellama_jax import goodput, train
 
-        trains = time.monotonic()
+        preparing = time.monotonic() - began
         for stage in chosen:
             train.train(stage, workdir)
-        began += time.monotonic() - trains - goodput.seconds(workdir, list(plan))
         if not args.stage:
-            finish(plan, workdir, tokenizer, began)
+            training = goodput.seconds(workdir, list(plan))  # in earlier calls, too
+            finish(plan, workdir, tokenizer, preparing + training)
 
 
 def check_arguments(args) -> None:
@@ -274,10 +272,11 @@ PROMPT = "def read_json(path):\n"
 QUESTION = "Write a function `close` that closes the file."
 
 
-def finish(plan: dict[str, Stage], workdir: Path, tokenizer, began: float) -> None:
-    """Judges the weights, exports them, and writes the report."""
+def finish(plan: dict[str, Stage], workdir: Path, tokenizer, seconds: float) -> None:
+    """Judges the weights, exports them, and writes the report; all before took `seconds`."""
     from codellama_jax import checkpoint, generate, report, results
 
+    began = time.monotonic()
     params = {name: checkpoint.restore_params(workdir / name, plan[name].model) for name in plan}
     llama, answering = (
         generate.CodeLlama(plan[name].model, params[name], tokenizer)
@@ -310,7 +309,7 @@ def finish(plan: dict[str, Stage], workdir: Path, tokenizer, began: float) -> No
         command=" ".join(["python recipes/nano.py", *sys.argv[1:]]),
         workdir=str(workdir),
         stages=list(plan.values()),
-        seconds=time.monotonic() - began,
+        seconds=seconds + time.monotonic() - began,
         long_context=long_context,
         infilling=infilled,
         completion=results.Sample(FINISHED, PROMPT, completion),

@@ -147,7 +147,7 @@ def test_a_killed_process_leaves_only_whole_shards_behind(prepared, sources, tmp
     assert len(workers) == 2
     while any(Path(f"/proc/{worker}/exe").exists() for worker in workers):  # none lives on
         time.sleep(0.05)
-    assert list(tmp_path.glob("corpus/work/read-*[0-9]"))
+    assert list((tmp_path / "corpus" / "work").glob("read-*[0-9]"))
     assert not (tmp_path / "corpus" / "manifest.json").exists()
     subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
     whole = prepare(tmp_path / "whole", request(sources, unit_bytes=64 * 1024**2))
