@@ -60,6 +60,7 @@ def test_an_epoch_has_every_document_once_and_whole(num, seed, rate, seq_len):
             if any(piece.cuts for piece in pieces):
                 assert len(pieces) == 1 and pieces[0].whole  # what is cut is never infilled
                 continue
+            pieces.sort(key=lambda piece: piece.start)
             joined = [token for piece in pieces for token in piece.tokens]
             assert joined == tokens.encode(corpus_fixture.tokenizer(), text)
 
@@ -121,6 +122,38 @@ def test_epochs_and_corpora_differ_in_order_and_cuts_but_not_in_rows():
     for a, b in ((0, 1), (0, 2)):
         common = cuts[a].keys() & cuts[b].keys()
         assert sum(cuts[a][d] == cuts[b][d] for d in common) < 0.2 * len(common)
+
+
+def test_slices_of_a_long_file_are_not_read_one_after_another():
+    plan = Plan(np.array([100 * 64] + [40] * 2_000), name="code", seed=0, capacity=64, room=0)
+    for epoch in (0, 1):
+        rows_of_file = plan.rows_of(epoch, 0)
+        assert len(rows_of_file) in (100, 101)
+        assert np.mean(np.diff(rows_of_file) == 1) < 0.2
+
+
+def test_rows_are_shuffled_in_windows_so_that_what_was_read_is_a_stretch_of_the_line():
+    lengths = np.random.default_rng(0).integers(3, 30, 5_000)
+    plan = Plan(lengths, name="code", seed=0, capacity=8, room=0)
+    windows = -(-plan.rows_per_epoch // rows.WINDOW)
+    assert windows > 2
+    read = [set() for _ in range(windows)]
+    for number in range(plan.rows_per_epoch):
+        read[number // rows.WINDOW] |= {span.document for span in plan.spans(0, number)}
+    for a in range(windows):  # a border cuts one document at most
+        assert sum(len(read[a] & read[b]) for b in range(a + 1, windows)) <= 1
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 9), st.integers(4, 40))
+def test_the_rows_of_a_document_are_those_that_it_is_found_in(num, seed, capacity):
+    lengths = np.random.default_rng(seed).integers(3, 100, num)
+    plan = Plan(lengths, name="code", seed=seed, capacity=capacity, room=0)
+    found = defaultdict(list)
+    for number in range(plan.rows_per_epoch):
+        for span in plan.spans(2, number):
+            found[span.document].append(number)
+    assert all(plan.rows_of(2, document) == found[document] for document in range(num))
 
 
 def test_rows_are_read_in_any_order():

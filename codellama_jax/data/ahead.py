@@ -21,7 +21,7 @@ from codellama_jax import config
 from codellama_jax.data import corpus, storage
 from codellama_jax.data.rows import Row
 
-FORMAT = 1  # of the folder; a change makes older folders unreadable
+FORMAT = 2  # of the folder; a change makes older folders unreadable
 SETTINGS = ("seq_len", "infilling_rate", "spm_rate", "line_rate", "seed")  # that rows depend on
 
 

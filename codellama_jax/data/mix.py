@@ -141,8 +141,8 @@ def read_by(data: config.Data, steps: int) -> dict[str, int]:
 def read_on(data: config.Data, before: config.Data, steps: int) -> config.Data:
     """`data`, each corpus going on where a stage that reads `before` leaves it after `steps`.
 
-    To the row where both have the same seq_len and infill, or do not; else to about a hundredth of
-    what was read, for rows of another length lie otherwise.
+    To the row where both have the same seq_len and infill, or do not; else to a window of rows
+    (rows.WINDOW) and about a hundredth of what was read, for rows of another length lie otherwise.
     """
     return replace(data, already=read_by(before, steps))
 

@@ -1,6 +1,7 @@
 """Rows: which tokens of which documents stand in row i, known before any text is read.
 
-    token lengths --shuffle by epoch--> documents end to end --cut every T+1 tokens--> row i
+    token lengths --shuffle by epoch--> documents end to end --cut every T+1 tokens--> slices
+      --shuffle in windows--> row i
 
 From the lengths alone it is known which documents lie whole inside a row and which are cut by its
 border; each 1,024 documents are put in an order that cuts few. The paper infills only documents
@@ -30,6 +31,9 @@ from codellama_jax.data import damage, fitting, infilling, shuffle, tokens
 # of Code Llama or of the nano recipe; 1 in 100 draws of library code needs more than 8.
 ROOM = 8
 BLOCK = 1_024  # documents whose common length is kept
+# Rows that are shuffled among themselves. A long file fills many slices of the line, which would be
+# read one after another: small batches would learn that file, and not to read what stands before.
+WINDOW = 4_096
 LARGE = 1_000_000  # documents from which on these are kept in a file: a tenth of a second's work
 STAND_INS = 8  # other documents that are tried in the place of a damaged one
 
@@ -89,13 +93,16 @@ class Plan:
         self.rows_per_epoch = -(-self.line_length // capacity)
         self._lock = threading.Lock()
         self._block_starts = functools.lru_cache(maxsize=2)(self._find_block_starts)
-        self._block = functools.lru_cache(maxsize=16)(self._lay_block)
+        self._block = functools.lru_cache(maxsize=256)(self._lay_block)  # those of a window
+        self._window = functools.lru_cache(maxsize=4)(self._shuffle_window)
 
     def spans(self, epoch: int, number: int) -> list[Span]:
         """What lies in row `number` of `epoch`, in order."""
         with self._lock:  # a plan of many documents is laid once, not by every reading thread
             starts = self._block_starts(epoch)
-        first, last = number * self.capacity, (number + 1) * self.capacity
+        window, place = divmod(number, WINDOW)
+        slice_number = window * WINDOW + int(self._window(epoch, window)[place])
+        first, last = slice_number * self.capacity, (slice_number + 1) * self.capacity
         block = int(np.searchsorted(starts, first, side="right")) - 1
         spans = []
         while block < len(starts) and starts[block] < last:
@@ -122,7 +129,18 @@ class Plan:
         documents, bounds = self._block(epoch, place // BLOCK)
         start = int(bounds[np.flatnonzero(documents == document)[0]])
         end = start + int(self.lengths[document])
-        return list(range(start // self.capacity, (end - 1) // self.capacity + 1))
+        slices = range(start // self.capacity, (end - 1) // self.capacity + 1)
+        return sorted(self._row_of(epoch, number) for number in slices)
+
+    def _row_of(self, epoch: int, slice_number: int) -> int:
+        window, place = divmod(slice_number, WINDOW)
+        return window * WINDOW + int(np.flatnonzero(self._window(epoch, window) == place)[0])
+
+    def _shuffle_window(self, epoch: int, window: int) -> np.ndarray:
+        """The slices of a window of the line in the order in which they are read: int64 [rows]."""
+        count = min(WINDOW, self.rows_per_epoch - window * WINDOW)
+        key = shuffle.hash64(self.seed, self.name, epoch, "rows", window)
+        return shuffle.permute(np.arange(count), count=count, key=key)
 
     def _order(self, epoch: int, places: np.ndarray) -> np.ndarray:
         key = shuffle.hash64(self.seed, self.name, epoch, "order")
