@@ -155,7 +155,15 @@ def check_arguments(args) -> None:
             Path(folder).exists(),
             f"{folder} is missing; name a directory of source files, or a .jsonl or .parquet file",
         )
-    launch.changed(wanted(stages(), args.stage), args.set)
+    plan = launch.changed(wanted(stages(), args.stage), args.set)
+    if args.tokenizer and any(stage.data.infilling_rate for stage in plan.values()):
+        from codellama_jax import tokenizer
+
+        check(
+            tokenizer.Tokenizer(args.tokenizer).middle_id is not None,
+            f"{args.tokenizer} has no infilling pieces; use Code Llama's, or train without them: "
+            "--set data.infilling_rate=0 --set data.line_rate=0",
+        )
 
 
 def wanted(plan: dict[str, Stage], name: str | None) -> dict[str, Stage]:

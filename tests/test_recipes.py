@@ -11,6 +11,7 @@ from codellama_jax import config, optim, sharding, state
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SIZES = ("7b", "13b", "34b", "70b")
+PLAIN = str(Path(__file__).parent / "material" / "tok512.model")  # without infilling pieces
 LLAMA_2 = {32_000: "llama2", 32_016: "llama2_infilling"}  # imported weights, by vocabulary
 
 
@@ -241,6 +242,7 @@ def test_an_unknown_size_is_refused():
         (["--set", "optim.learning_rate=1"], "error: "),
         (["--set", "data.seq_len=512"], "error: seq_len=512 is longer than "),
         (["--code-dir", "nowhere"], "error: nowhere is missing; name a directory"),
+        (["--tokenizer", PLAIN], f"error: {PLAIN} has no infilling pieces; use Code Llama's, or "),
     ],
 )
 def test_what_is_mistyped_is_refused_before_anything_is_made(
