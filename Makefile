@@ -7,8 +7,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .PHONY: demo test test-fast venv lint lock clean
 
+# tests bring the TPU compiler, for which JAX would look for a TPU, and complain
 demo: .venv/installed
-	$(BIN)/python recipes/nano.py
+	JAX_PLATFORMS=cpu $(BIN)/python recipes/nano.py
 
 test: .venv/installed-test
 	$(PYTEST)

@@ -1,7 +1,9 @@
 """The ledger of compiled cells: docs/pods.json, and the table of it inside docs/pods.md.
 
 A row is what one compile said of one stage on one slice (plan.plan), with its versions and the hash
-of its program. Rows of the same size, stage, slice and layout replace one another.
+of its program. Rows of the same size, stage, slice and layout replace one another. What reading and
+generating need (plan_decode) is kept beside it, in docs/pods_generation.json and a table of its
+own.
 """
 
 import json
@@ -10,7 +12,7 @@ from pathlib import Path
 from codellama_jax import config, plan, whole
 
 MOST_GROWTH = 0.02  # of the peak, against the ledger
-BEGIN, END = "<!-- ledger -->", "<!-- /ledger -->"
+LEDGER, GENERATION = "pods.json", "pods_generation.json"
 MEMORY = ("arguments", "temporaries", "peak", "limit")
 TIME = (
     *("compute_seconds", "kernels_seconds", "links_seconds", "exposed_seconds", "step_seconds"),
@@ -40,21 +42,30 @@ def row(size: str, report: plan.Report) -> dict:
 # -- reading and writing -------------------------------------------------------------------------
 def record(folder: Path, new: dict) -> None:
     """Puts a row into folder/pods.json and the table of folder/pods.md."""
-    others = [old for old in read(folder) if key(old) != key(new)]
-    if any(old.get("in_ci") for old in read(folder) if key(old) == key(new)):
+    rows = read(folder)
+    if any(old.get("in_ci") for old in rows if key(old) == key(new)):
         new = new | {"in_ci": True}  # marked by hand: tests compile these cells
-    rows = [*others, new]
-    rows.sort(key=lambda row: (list(config.SIZES).index(row["size"]), *key(row)[1:]))
-    text = (folder / "pods.md").read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    whole.write(folder / "pods.json", json.dumps(rows, indent=1) + "\n")
-    whole.write(folder / "pods.md", f"{before}{BEGIN}\n{table(rows)}\n{END}{after}")
+    rows = [*(old for old in rows if key(old) != key(new)), new]
+    rows.sort(key=lambda row: (order(row), *key(row)[1:]))
+    write(folder, LEDGER, "ledger", rows, table(rows))
 
 
-def read(folder: Path) -> list[dict]:
-    path = folder / "pods.json"
+def write(folder: Path, file: str, mark: str, rows: list[dict], shown: str) -> None:
+    """Rows as JSON, and their table between two marks of folder/pods.md."""
+    begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    before, rest = (folder / "pods.md").read_text().split(begin)
+    _, after = rest.split(end)
+    whole.write(folder / file, json.dumps(rows, indent=1) + "\n")
+    whole.write(folder / "pods.md", f"{before}{begin}\n{shown}\n{end}{after}")
+
+
+def read(folder: Path, file: str = LEDGER) -> list[dict]:
+    path = folder / file
     return json.loads(path.read_text()) if path.exists() else []
+
+
+def order(row: dict) -> int:
+    return list(config.SIZES).index(row["size"])
 
 
 def key(row: dict) -> tuple:
@@ -66,6 +77,61 @@ def find(folder: Path, size: str, stage: config.Stage, where: str, layout: confi
     fields = " ".join(plan.as_fields(layout))
     wanted = (size, stage.data.seq_len, stage.data.rows_per_batch, stage.name, where, fields)
     return next((row for row in read(folder) if key(row) == wanted), None)
+
+
+# -- reading prompts and generating --------------------------------------------------------------
+SERVED = (
+    *("step_seconds", "memory_seconds", "compute_seconds", "exposed_seconds", "binds"),
+    *("tokens_per_second", "mfu"),
+)
+
+
+def record_generation(folder: Path, size: str, found: dict[str, plan.Report]) -> None:
+    """Puts what plan_decode said of prefill and decode into the table of folder/pods.md."""
+    new = [served(size, report) for report in found.values()]
+    names = ("size", "slice", "rows", "context", "program")
+    keys = [[row[name] for name in names] for row in new]
+    rows = [r for r in read(folder, GENERATION) if [r[name] for name in names] not in keys]
+    rows = sorted([*rows, *new], key=lambda r: (order(r), r["context"], r["slice"], r["rows"]))
+    write(folder, GENERATION, "generation", rows, generation_table(rows))
+
+
+def served(size: str, report: plan.Report) -> dict:
+    """A flat row of one program."""
+    memory, made = report["memory"], report["compiled"]
+    return {
+        "size": size,
+        "program": report["stage"],
+        **{name: report[name] for name in ("slice", "rows")},
+        "context": report["seq_len"],
+        "mesh": " x ".join(f"{axis} {ways}" for axis, ways in report["mesh"].items()),
+        **{f"{name}_gib": memory[name] for name in MEMORY},
+        "headroom": memory["headroom"],
+        **{name: report["time"][name] for name in SERVED},
+        "compile_seconds": made["seconds"],
+        "compile_cpu_seconds": made["cpu_seconds"],
+        **{name: made[name] for name in ("jax", "libtpu")},
+    }
+
+
+def generation_table(rows: list[dict]) -> str:
+    """Markdown: one line per program."""
+    columns = (
+        *("size", "program", "rows x context", "slice", "mesh", "peak GiB (free)"),
+        *("seconds", "memory; compute + exposed", "binds", "tokens/s", "MFU"),
+    )
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        compute, exposed = row["compute_seconds"], row["exposed_seconds"]
+        shown = (
+            *(row["size"], row["program"], f"{row['rows']} x {row['context']:,}"),
+            *(row["slice"], row["mesh"], f"{row['peak_gib']:.2f} ({row['headroom']:.0%})"),
+            f"{row['step_seconds']:.4g}",
+            f"{row['memory_seconds']:.4g}; {compute:.4g} + {exposed:.4g}",
+            *(row["binds"], f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.1%}"),
+        )
+        lines.append("| " + " | ".join(shown) + " |")
+    return "\n".join(lines)
 
 
 # -- comparing -----------------------------------------------------------------------------------

@@ -184,18 +184,17 @@ def compile_now(lowered, mesh, options: dict) -> tuple[Report, str]:
 
 
 def too_big(stage: config.Stage, where: chips.Slice, facts: Report) -> str:
+    """What does not fit, and what would by arithmetic: the nearest layout, a larger slice."""
     needs, has = facts.get("too_big", {}).values() or (0, 0)
+    hints = []
+    if nearest := arithmetic.nearest(stage, where):
+        hints.append(" ".join(nearest))
     larger = arithmetic.smallest(stage, where.chip)
-    hints = ["layout.remat=full"] if stage.layout.remat != "full" else []
-    ways = facts["mesh"].get("data", 1) * facts["mesh"].get("fsdp", 1)
-    if stage.data.rows_per_batch // stage.layout.microbatches > ways:
-        hints.append(f"layout.microbatches={stage.data.rows_per_batch // ways}")
     if larger and larger.chips > where.chips:
         hints.append(f"a larger slice, such as {larger}")
-    hints.append(f"layout.tensor={2 * stage.layout.tensor}")
     return (
         f"{stage.name} needs {needs:.1f} GiB a device, {where} has {has:.2f}: "
-        f"try {', or '.join(hints[:2])}"
+        f"try {', or '.join(hints) or 'another chip, with more memory'}"
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from codellama_jax import arithmetic, chips, config, estimate, kernels, plan, schedule
+from codellama_jax import arithmetic, chips, config, estimate, kernels, launch, plan, schedule
 from recipes import code_llama
 
 V5E = chips.Slice.parse("v5e:16x16")
@@ -325,12 +325,28 @@ def test_candidates_divide_and_the_promising_come_first(size, name, where):
 
 
 # -- refusals and the cache ----------------------------------------------------------------------
-def test_a_stage_that_does_not_fit_is_told_what_would(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "size, where, layout, hint",
+    [
+        ("7b", "v5e:16x16", {"remat": "dots"}, "layout.remat=full$"),
+        ("34b", "v5e:4x4", {}, "a larger slice, such as v5e:"),
+        ("70b", "v5e:16x16", {"remat": "dots"}, "layout.fsdp=.* layout.microbatches=.*"),
+    ],
+)
+def test_a_stage_that_does_not_fit_is_told_what_would(
+    tmp_path, monkeypatch, size, where, layout, hint
+):
     refused = {"mesh": {"fsdp": 256}, "too_big": {"needs": 32.54, "has": 15.75}}
     monkeypatch.setattr(plan, "compiled", lambda *_: refused)
-    stage = replace(CODE_7B, layout=config.Layout(remat="dots"))
-    with pytest.raises(ValueError, match="32.5 GiB.*15.75: try layout.remat=full, or layout.micro"):
-        plan.plan(stage, V5E, cache=tmp_path)
+    stage, where = laid_out(size, "code", **layout), chips.Slice.parse(where)
+    sentence = f"32.5 GiB a device, {where} has 15.75: try {hint}"
+    with pytest.raises(ValueError, match=sentence) as said:
+        plan.plan(stage, where, cache=tmp_path)
+    settings = [part.strip(",") for part in str(said.value).split() if part.startswith("layout.")]
+    if settings:
+        stage = launch.changed({"code": stage}, settings)["code"]
+        assert arithmetic.divides(stage, where)
+        assert arithmetic.gib(stage, where) <= arithmetic.SPARED * where.chip.hbm_gib
 
 
 def test_rows_that_do_not_divide_are_refused():

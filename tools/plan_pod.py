@@ -44,6 +44,8 @@ def main() -> None:
             found = plan_decode.plan_generation(
                 model, where, args.generate, args.context, quick=args.quick
             )
+            if args.record:
+                ledger.record_generation(DOCS, args.size, found)
             show(found, plan_decode.table, args.json)
         elif args.slice is None:
             stage = launch.pick(code_llama.stages(args.size), args.stage, args.size)
@@ -111,8 +113,8 @@ def arguments():
         parser.error("--size and --stage say what to plan; --outdated, --fill and --twins do not")
     if (args.generate is None) != (args.context is None) or args.generate and not args.slice:
         parser.error("--generate ROWS wants --context TOKENS and a --slice")
-    if args.generate and (args.stage or args.set or args.search or ledgered):
-        parser.error("--generate takes no stage, and none of --set, --search, --record, --check")
+    if args.generate and (args.stage or args.set or args.search or args.check):
+        parser.error("--generate takes no stage, and none of --set, --search, --check")
     if args.slice is None and (args.search or args.quick or ledgered):
         parser.error("--search, --quick, --record and --check compile: say for which --slice")
     if args.quick and (args.search or ledgered):
