@@ -312,7 +312,10 @@ def has_nonfinite(array: np.ndarray) -> bool:
     infinity = np.array(np.inf, array.dtype).view(bits)
     magnitude = np.array(np.iinfo(bits).max >> 1, bits)
     flat = np.ascontiguousarray(array).reshape(-1).view(bits)
-    step = 1 << 16  # elements: stays in the cache
-    return any(
-        (flat[i : i + step] & magnitude).max() >= infinity for i in range(0, flat.size, step)
-    )
+    step = 1 << 15  # elements: stays in the cache
+    masked = np.empty(min(step, flat.size), bits)
+    for i in range(0, flat.size, step):
+        part = flat[i : i + step]
+        if np.bitwise_and(part, magnitude, out=masked[: part.size]).max() >= infinity:
+            return True
+    return False

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from codellama_jax import config
-from codellama_jax.convert import guard, proof, pth, table
+from codellama_jax.convert import guard, memory, proof, pth, table
 from codellama_jax.convert.weights import Weights, copy_tokenizer, stream
 
 PARAMS = {  # what Meta's reference code accepts, and what of it says something about the model
@@ -51,12 +51,23 @@ def read(folder: Path, findings: guard.Findings) -> Weights:
 
     def read_tensor(tensor: table.Tensor) -> np.ndarray:
         row, parts = tensor.row, [shard[tensor.meta].array() for shard in shards]
-        cut = row.split is not None and len(parts) > 1
-        whole = np.concatenate(parts, axis=row.split) if cut else parts[0]
+        whole = parts[0] if row.split is None else _joined(parts, row.split)
         return table.rearrange(whole, row.meta_axes, row.hf_axes, lengths)
 
     weights = Weights(model, kinds.pop(), read_tensor, _tokenizer(folder))
     return proof.checked(weights, known, findings)
+
+
+def _joined(parts: list[np.ndarray], axis: int) -> np.ndarray:
+    """As numpy.concatenate."""
+    if len(parts) == 1:
+        return parts[0]
+    shape = [n * len(parts) if i == axis else n for i, n in enumerate(parts[0].shape)]
+    whole = memory.empty(tuple(shape), parts[0].dtype)
+    bits = f"u{whole.itemsize}"
+    for part, place in zip(parts, np.split(whole, len(parts), axis), strict=True):
+        np.copyto(place.view(bits), part.view(bits))
+    return whole
 
 
 def _shard_paths(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from codellama_jax import config, tokenizer, tokenizer_json
-from codellama_jax.convert import guard, proof, table
+from codellama_jax.convert import guard, memory, proof, table
 from codellama_jax.convert.weights import Weights, copy_tokenizer, dtype, stream, tokenizer_files
 
 CHUNK_BYTES = 32 << 20  # of a chunk, at most, where the width divides so far
@@ -39,16 +39,16 @@ def read(folder: Path, findings: guard.Findings) -> Weights:
     kinds = {str(array.dtype.numpy_dtype) for array in arrays.values()}
     if len(kinds) > 1:
         raise ValueError(f"{step}: the weights are of several dtypes: {', '.join(sorted(kinds))}")
-    # The trainer's chunks may hold several layers of a part of a weight; ours hold one.
-    stacked = [arrays[row.ours] for row in table.TABLE if row.stacked]
-    together = max(array.chunk_layout.read_chunk.shape[0] for array in stacked) > 1
-    weights = Weights(
-        model,
-        dtype(kinds.pop()),
-        _reader(arrays, model),
-        tokenizer_files(step.parent),
-        layers_together=together,
-    )
+    kind = dtype(kinds.pop())
+    if _is_ours(step / "params", model, kind):
+        reader, together = _mapped(step / "params", model, kind), False
+    else:
+        # The trainer's chunks may hold several layers of a part of a weight.
+        stacked = [arrays[row.ours] for row in table.TABLE if row.stacked]
+        together = max(array.chunk_layout.read_chunk.shape[0] for array in stacked) > 1
+        reader = _reader(arrays, model)
+    files = tokenizer_files(step.parent)
+    weights = Weights(model, kind, reader, files, layers_together=together)
     known = proof.read(step.parent) if step.name == "0" else None
     return proof.checked(weights, known, findings)
 
@@ -77,6 +77,37 @@ def _reader(arrays: dict, model: config.Model):
         return table.rearrange(array, row.ours_axes, row.hf_axes, lengths)
 
     return read_tensor
+
+
+def _mapped(params: Path, model: config.Model, kind: np.dtype):
+    """Weights.read for files that `write` made, without a copy: maps of the slices of a layer."""
+    lengths = table.sizes(model)
+
+    def read_tensor(tensor: table.Tensor) -> np.ndarray:
+        row = tensor.row
+        shape = table.shape(row.ours_axes, lengths)
+        axis, number = _pieces(row, shape, kind.itemsize)
+        shape = tuple(n // number if i == axis else n for i, n in enumerate(shape))
+        names = _chunk_names(tensor, axis, number, len(shape))
+        slices = [_map(params / row.ours / name, kind, shape) for name in names]
+        if number == 1:
+            return table.rearrange(slices[0], row.ours_axes, row.hf_axes, lengths)
+        whole = memory.empty(table.shape(row.hf_axes, lengths), kind)
+        places = np.split(whole, number, axis=0 if row.hf_axes.startswith("D") else 1)
+        part = lengths | {"D": model.dim // number}
+        for x, place in zip(slices, places, strict=True):
+            table.rearrange(x, row.ours_axes, row.hf_axes, part, place)
+        return whole
+
+    return read_tensor
+
+
+def _map(path: Path, kind: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """A chunk's file, mapped. Raises ValueError if it is not there, or not as long as it must."""
+    size, wanted = path.stat().st_size if path.exists() else 0, int(np.prod(shape)) * kind.itemsize
+    if size != wanted:
+        raise ValueError(f"{path} has {size:,} bytes instead of {wanted:,}; the copy is not whole")
+    return np.memmap(path, kind, "r", shape=shape)
 
 
 def _read(view) -> np.ndarray:
@@ -139,7 +170,9 @@ def write(weights: Weights, folder: Path) -> None:
     step = folder / "0"
     (step / "params").mkdir(parents=True)
     for row in table.rows(model):
-        _write_array_metadata(step / "params", row, model, str(weights.dtype))
+        (step / "params" / row.ours).mkdir()
+        about = _array_metadata(row, model, str(weights.dtype))
+        _write_json(step / "params" / row.ours / ".zarray", about)
     for tensor, array in stream(weights, "ours_axes"):
         _write_chunks(step / "params" / tensor.row.ours, tensor, array)
     _write_json(step / "params" / "_METADATA", _tree_metadata(model))
@@ -169,34 +202,49 @@ def _pieces(row: table.Row, shape: tuple[int, ...], itemsize: int) -> tuple[int,
     return axis, number
 
 
+def _chunk_names(tensor: table.Tensor, axis: int, number: int, ndim: int) -> list[str]:
+    """The files of a tensor's slices: each is called after its place in the stacked array."""
+    layer = [] if tensor.layer is None else [tensor.layer]
+    places = [[i if n == axis else 0 for n in range(ndim)] for i in range(number)]
+    return [".".join(map(str, layer + place)) for place in places]
+
+
 def _write_chunks(folder: Path, tensor: table.Tensor, array: np.ndarray) -> None:
     axis, number = _pieces(tensor.row, array.shape, array.dtype.itemsize)
-    for i, part in enumerate(np.split(array, number, axis=axis)):
-        place = [0] * array.ndim
-        place[axis] = i
-        name = ".".join(map(str, place if tensor.layer is None else [tensor.layer, *place]))
-        np.ascontiguousarray(part).reshape(-1).view(np.uint8).tofile(folder / name)
+    names = _chunk_names(tensor, axis, number, array.ndim)
+    for name, part in zip(names, np.split(array, number, axis=axis), strict=True):
+        with open(folder / name, "wb") as file:
+            for block in memory.blocks(part):
+                file.write(block)
 
 
-def _write_array_metadata(params: Path, row: table.Row, model: config.Model, kind: str) -> None:
+def _array_metadata(row: table.Row, model: config.Model, kind: str) -> dict:
+    """What Zarr says of a stacked array."""
     shape = table.shape(row.ours_axes, table.sizes(model))
     axis, number = _pieces(row, shape, dtype(kind).itemsize)
     chunk = [n // number if i == axis else n for i, n in enumerate(shape)]
-    (params / row.ours).mkdir()
-    _write_json(
-        params / row.ours / ".zarray",
-        {
-            "zarr_format": 2,
-            "shape": [model.num_layers, *shape] if row.stacked else list(shape),
-            "chunks": [1, *chunk] if row.stacked else chunk,
-            "dtype": ZARR_DTYPES[kind],
-            "compressor": None,  # weights do not compress
-            "fill_value": None,
-            "filters": None,
-            "order": "C",
-            "dimension_separator": ".",
-        },
-    )
+    return {
+        "zarr_format": 2,
+        "shape": [model.num_layers, *shape] if row.stacked else list(shape),
+        "chunks": [1, *chunk] if row.stacked else chunk,
+        "dtype": ZARR_DTYPES[kind],
+        "compressor": None,  # weights do not compress
+        "fill_value": None,
+        "filters": None,
+        "order": "C",
+        "dimension_separator": ".",
+    }
+
+
+def _is_ours(params: Path, model: config.Model, kind: np.dtype) -> bool:
+    """Whether the arrays lie in files as `write` makes them."""
+    for row in table.rows(model):
+        path = params / row.ours / ".zarray"
+        if not path.exists() or json.loads(path.read_text()) != _array_metadata(
+            row, model, str(kind)
+        ):
+            return False
+    return True
 
 
 def _tree_metadata(model: config.Model) -> dict:

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from codellama_jax.convert import memory
+
 STORAGES = {
     "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
     "HalfStorage": np.dtype(np.float16),
@@ -178,13 +180,15 @@ class Writer:
         self.file = _Hashing(path)
         self.archive = zipfile.ZipFile(self.file, "w", zipfile.ZIP_STORED)
         self.added = 0
-        self._member("data.pkl", _pickle(self.plan, self.dtype))
-        self._member("byteorder", b"little")
+        index = _pickle(self.plan, self.dtype)
+        self._member("data.pkl", len(index), [index])
+        self._member("byteorder", 6, [b"little"])
 
     def add(self, array: np.ndarray) -> None:
         name, shape = self.plan[self.added]
         assert array.shape == shape and array.dtype == self.dtype, (name, array.shape, shape)
-        self._member(f"data/{self.added}", memoryview(_bytes(array)))
+        self.file.wait()
+        self._member(f"data/{self.added}", array.nbytes, memory.blocks(array))
         self.added += 1
 
     def __enter__(self):
@@ -193,7 +197,7 @@ class Writer:
     def __exit__(self, kind, *_):
         if kind is None:
             assert self.added == len(self.plan), f"{self.added} of {len(self.plan)} tensors"
-            self._member("version", b"3\n")
+            self._member("version", 2, [b"3\n"])
             self.archive.close()
         else:
             with suppress(OSError, ValueError):  # it is thrown away; another error is on its way
@@ -204,38 +208,37 @@ class Writer:
     def md5(self) -> str:
         return self.file.digest.hexdigest()
 
-    def _member(self, name: str, content) -> None:
+    def _member(self, name: str, size: int, content: Iterable) -> None:
         """Appends a member whose content starts at a multiple of 64 bytes, as PyTorch wants."""
         info = zipfile.ZipInfo(f"{self.root}/{name}")
-        info.file_size = len(content)
+        info.file_size = size
         zip64 = info.file_size * 1.05 > zipfile.ZIP64_LIMIT  # then zipfile adds 20 bytes
         header = 30 + len(info.filename) + 4 + 20 * zip64
         padding = -(self.file.tell() + header) % 64
         info.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding
         with self.archive.open(info, "w") as member:
-            member.write(content)
+            for block in content:
+                member.write(block)
 
 
 class _Hashing:
-    """A file that is only appended to, and hashed on the way by a thread of its own.
-
-    The thread is at most one tensor behind, so that no more of them are held.
-    """
+    """A file that is only appended to, and hashed on the way by a thread of its own."""
 
     def __init__(self, path: Path):
         self.file, self.digest, self.position = open(path, "wb"), hashlib.md5(), 0
         self.hasher = ThreadPoolExecutor(1)
-        self.behind: Future | None = None
+        self.last: Future | None = None
 
     def write(self, content) -> int:
-        is_tensor = len(content) > 1 << 16
-        if is_tensor and self.behind is not None:
-            self.behind.result()
-        hashed = self.hasher.submit(self.digest.update, content)
-        self.behind = hashed if is_tensor else self.behind
+        self.last = self.hasher.submit(self.digest.update, content)
         self.file.write(content)
         self.position += len(content)
         return len(content)
+
+    def wait(self) -> None:
+        """Until all that was written is hashed, so that the memory of one tensor waits at most."""
+        if self.last is not None:
+            self.last.result()
 
     def tell(self) -> int:
         return self.position
@@ -249,10 +252,6 @@ class _Hashing:
     def close(self) -> None:
         self.hasher.shutdown()
         self.file.close()
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def _pickle(plan: list[tuple[str, tuple[int, ...]]], dtype: np.dtype) -> bytes:

@@ -16,6 +16,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from codellama_jax.convert import memory
 from codellama_jax.convert.pth import Entry
 
 DTYPES = {
@@ -95,7 +96,8 @@ class Writer:
     def add(self, array: np.ndarray) -> None:
         name, shape = self.plan[self.added]
         assert array.shape == shape and array.dtype == self.dtype, (name, array.shape, shape)
-        np.ascontiguousarray(array).reshape(-1).view(np.uint8).tofile(self.file)
+        for block in memory.blocks(array):
+            self.file.write(block)
         self.added += 1
 
     def __enter__(self):

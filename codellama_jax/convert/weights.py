@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from codellama_jax import config
-from codellama_jax.convert import table
+from codellama_jax.convert import memory, table
 
 READERS = min(8, os.cpu_count() or 1)  # threads
 DTYPES = {
@@ -99,7 +99,8 @@ def stream(weights: Weights, to: str = "hf_axes") -> Iterator[tuple[table.Tensor
 
     coming: deque[tuple[table.Tensor, Future]] = deque()
     ahead = 0  # bytes
-    with ThreadPoolExecutor(1 if weights.layers_together else READERS) as readers:
+    threads = 1 if weights.layers_together else READERS
+    with memory.kept(), ThreadPoolExecutor(threads) as readers:
         try:
             for tensor in order:
                 while len(coming) > 1 and ahead + weights.size(tensor) > most:
