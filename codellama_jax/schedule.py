@@ -8,13 +8,14 @@ So the text is walked: every computation with the number of times it runs, and i
     collectives  what moves between chips, by kind, type and group; these carry no cycles either
 
 A loop says how often it runs by the constant in its condition. One asynchronous collective appears
-as a start, fused steps and a done with the same channel: it is counted once.
+as a start, fused steps and a done with the same channel: a region counts it once. A reduce-scatter
+is written as an all-reduce whose slice is taken, in a fusion of its own: it sends half as much.
 """
 
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "send")
 BYTES = {
@@ -33,6 +34,7 @@ CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 CONSTANT = re.compile(r" s32\[\][^ ]* constant\((\d+)\)")
 BLOCK = re.compile(r'block_q(?:_d\w+)?\\*": *(\d+)')  # as splash attention notes it
 CHANNEL = re.compile(r"channel_id=(\d+)")
+SCATTERED = re.compile(r"all-reduce-scatter")  # the compiler's name of a reduce-scatter
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def read(text: str, rounds: int | None = None) -> list[Region]:
     if entry is None or "is_scheduled=true" not in text[:2_000]:
         raise ValueError("this is no scheduled HLO module: it has no entry, or no schedule")
     regions: list[Region] = []
-    seen: set[str] = set()  # channels
+    seen: set[tuple[str, str]] = set()  # regions and channels: the start of a loop is its body too
 
     def walk(name: str, region: Region, within_fusion: bool, asynchronous: bool) -> None:
         for line in computations.get(name, ()):
@@ -100,8 +102,10 @@ def read(text: str, rounds: int | None = None) -> list[Region]:
             if found is not None:
                 channel = CHANNEL.search(body)
                 key = f"{found.kind} {channel[1]}" if channel else f"{name} {match[1]}"
-                if key not in seen:
-                    seen.add(key)
+                if found.kind == "all-reduce" and SCATTERED.match(name):
+                    found = replace(found, kind="reduce-scatter")
+                if (region.name, key) not in seen:
+                    seen.add((region.name, key))
                     region.collectives.append(found)
                 continue
             if op in ("fusion", "call", "conditional", "async-start", "custom-call"):

@@ -83,6 +83,37 @@ def test_a_collective_seen_three_times_moves_once():
     assert reduce.wire_bytes == 2 * 1_024 * 32 * 2 * 255 / 256
 
 
+SCATTER = """\
+%all-reduce-scatter.1.clone (input: bf16[4096,128]) -> bf16[16,128] {
+  %all-reduce.2 = bf16[4096,128]{1,0} all-reduce(%input), channel_id=5, \
+replica_groups=[1,256]<=[256], to_apply=%add
+  ROOT %own = bf16[16,128]{1,0} dynamic-slice(%all-reduce.2, %place, %zero), \
+dynamic_slice_sizes={16,128}
+}
+
+%body (state"""
+SCATTERS = """
+  %fusion.9 = bf16[16,128]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1.clone
+  ROOT %next ="""
+
+
+def test_an_all_reduce_whose_slice_is_taken_is_a_reduce_scatter_and_sends_half():
+    text = HLO.replace("%body (state", SCATTER, 1).replace("\n  ROOT %next =", SCATTERS, 1)
+    _, loop = schedule.read(text)
+    (scatter,) = [each for each in loop.collectives if each.kind == "reduce-scatter"]
+    assert not scatter.asynchronous
+    assert scatter.wire_bytes == 4_096 * 128 * 2 * 255 / 256
+    assert sum(each.kind == "all-reduce" for each in loop.collectives) == 1
+
+
+def test_a_collective_begun_before_a_loop_moves_in_the_loop_too():
+    """As where the compiler lets a loop gather what its next round needs."""
+    before = "  %async-collective-start = (bf16[8]) fusion(%w), kind=kCustom, calls=%gathering\n"
+    text = HLO.replace("  %while.1", f"{before}  %while.1")
+    for region in schedule.read(text):
+        assert [each.kind for each in region.collectives].count("all-gather") == 1
+
+
 def test_a_text_that_is_no_schedule_is_refused():
     with pytest.raises(ValueError, match="no scheduled HLO module"):
         schedule.read(HLO.replace("is_scheduled=true", ""))
