@@ -86,7 +86,8 @@ def compiled(stage: config.Stage, where: chips.Slice, options: dict, cache: Path
     if "too_big" in facts:
         return facts
     text = gzip.decompress((cache / f"{name}.hlo.gz").read_bytes()).decode()
-    return facts | {"program": name, "regions": estimate.regions(text, facts, where)}
+    rounds = 1 if options == QUICK else None  # times mean nothing there, so neither do trips
+    return facts | {"program": name, "regions": estimate.regions(text, facts, where, rounds)}
 
 
 def program(stage: config.Stage, where: chips.Slice, options: dict, cache: Path):
@@ -113,6 +114,7 @@ def lower(stage: config.Stage, where: chips.Slice):
 
     from codellama_jax import optim, sharding, state, step
 
+    check_mesh(stage, where)
     mesh = sharding.make_mesh(stage.layout, devices)
     check_rows(stage, where, mesh.shape["data"] * mesh.shape["fsdp"])
     train_state = state.abstract_state(stage.model, optim.adamw(stage.optim, stage.steps), mesh)
@@ -133,6 +135,18 @@ def abstract_batch(stage: config.Stage, mesh) -> dict:
     made = {name: jax.ShapeDtypeStruct(s, np.int32, sharding=place) for name, s in shapes.items()}
     made["loss_mask"] = jax.ShapeDtypeStruct(shapes["tokens"], np.bool_, sharding=place)
     return made | {"corpus": jax.ShapeDtypeStruct((rows,), np.int32, sharding=place)}
+
+
+def check_mesh(stage: config.Stage, where: chips.Slice) -> None:
+    """Raises ValueError when the axes of the mesh do not fill the slice, with a layout whose do."""
+    data, fsdp = arithmetic.ways(stage, where)
+    asked = data * fsdp * stage.layout.tensor * stage.layout.context
+    if asked != where.devices:
+        nearest = " ".join(arithmetic.nearest(stage, where) or ["another slice"])
+        raise ValueError(
+            f"the mesh has data * fsdp * tensor * context = {asked} devices, "
+            f"{where} has {where.devices}: try {nearest}"
+        )
 
 
 def check_rows(stage: config.Stage, where: chips.Slice, ways: int) -> None:

@@ -19,7 +19,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from codellama_jax import chips, config, estimate, plan
+from codellama_jax import arithmetic, chips, config, estimate, plan
 from codellama_jax.config import check
 
 ANSWER = 512  # tokens that the cache has room for after the prompt
@@ -49,7 +49,7 @@ def plan_generation(
     made = {}
     for name in ("prefill", "decode"):
         facts, text = _compiled(name, model, layout, where, batch, context, options, cache)
-        check("too_big" not in facts, _too_big(name, layout, where, batch, context, facts))
+        check("too_big" not in facts, _too_big(name, model, layout, where, batch, context, facts))
         report = {
             "stage": name,
             "slice": str(where),
@@ -179,13 +179,29 @@ def _shape(mesh, shape, *axes):
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
 
 
-def _too_big(name, layout, where, batch, context, facts) -> str:
+def _too_big(name, model, layout, where, batch, context, facts) -> str:
     found = facts.get("too_big", {"needs": 0.0, "has": 0.0})
-    fewer = f"batch={batch // 2}, " if batch > 1 and (batch // 2) % layout.data == 0 else ""
+    fewer = batch > 1 and (batch // 2) % layout.data == 0
+    larger = _larger(model, where, batch, found["needs"])
+    hints = [f"batch={batch // 2}"] * fewer + ["a shorter context"]
     return (
         f"{name} of {batch} rows of {context} tokens needs {found['needs']:.1f} GiB a device, "
-        f"{where} has {found['has']:.2f}: try {fewer}a shorter context, or a larger slice"
+        f"{where} has {found['has']:.2f}: try {', '.join(hints)}, or "
+        f"{f'a larger slice, such as {larger}' if larger else 'a chip with more memory'}"
     )
+
+
+def _larger(model, where, batch, needs) -> chips.Slice | None:
+    """The smallest slice among whose devices the same bytes fit, a tenth spared."""
+    for other in chips.known(where.chip):
+        share = needs * where.devices / other.devices
+        try:
+            layout_of(model, other, batch)
+        except ValueError:
+            continue
+        if other.devices > where.devices and share <= arithmetic.SPARED * where.chip.hbm_gib:
+            return other
+    return None
 
 
 # -- the estimate --------------------------------------------------------------------------------

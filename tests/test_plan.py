@@ -380,6 +380,14 @@ def test_a_stage_that_does_not_fit_is_told_what_would(
         assert arithmetic.gib(stage, where) <= arithmetic.SPARED * where.chip.hbm_gib
 
 
+@pytest.mark.parametrize("layout", [{"context": 3}, {"fsdp": 64}])
+def test_a_mesh_that_does_not_fill_the_slice_is_refused_with_one_that_does(layout):
+    stage = laid_out("34b", "long_context", **layout)
+    with pytest.raises(ValueError, match="v5e:16x16 has 256: try layout.*context=4"):
+        plan.check_mesh(stage, V5E)
+    plan.check_mesh(laid_out("34b", "long_context", context=4), V5E)
+
+
 def test_rows_that_do_not_divide_are_refused():
     stage = replace(CODE_7B, layout=config.Layout(microbatches=8))
     with pytest.raises(ValueError, match="128 rows per microbatch.*256.*microbatches=4 they"):

@@ -56,6 +56,23 @@ def test_what_does_not_divide_is_refused_with_what_would(slice_name, batch, tens
         plan_decode.layout_of(config.SIZES["34b"], where, batch, tensor)
 
 
+@pytest.mark.parametrize(
+    "where, batch, hint",
+    [
+        ("v5e:2x2", 1, "a shorter context, or a larger slice, such as v5e:2x4"),
+        ("v5e:2x2", 2, "batch=1, a shorter context, or a larger slice, such as v5e:2x4"),
+        ("v5e:2x4", 1, "a shorter context, or a chip with more memory"),  # 8 heads: 8 devices
+    ],
+)
+def test_what_does_not_fit_is_told_what_would(tmp_path, monkeypatch, where, batch, hint):
+    refused = {"mesh": {}, "too_big": {"needs": 20.0, "has": 15.75}}
+    monkeypatch.setattr(plan_decode, "_compiled", lambda *_: (refused, ""))
+    with pytest.raises(ValueError, match=f"{batch} rows of 100000 .* 15.75: try {hint}$"):
+        plan_decode.plan_generation(
+            config.SIZES["34b"], chips.Slice.parse(where), batch, 100_000, cache=tmp_path
+        )
+
+
 # -- compiled ------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_a_plan_counts_every_byte_and_every_chunk(tmp_path):
