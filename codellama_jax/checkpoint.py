@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -116,10 +117,9 @@ def _by_layer(params: state.Params) -> Any:
     return jax.tree.map(lambda _: ocp.SaveArgs(), params) | {"layers": layers}
 
 
-def _restore(abstract: Any) -> ocp.args.PyTreeRestore:
-    return ocp.args.PyTreeRestore(
-        item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
-    )
+def _restore(abstract: Any, **options: bool) -> ocp.args.PyTreeRestore:
+    args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    return ocp.args.PyTreeRestore(item=abstract, restore_args=args, **options)
 
 
 @contextlib.contextmanager
@@ -208,7 +208,8 @@ def restore_params(
 ) -> state.Params:
     """The weights of a checkpoint of `model`, cast to `dtype` while read, placed on `mesh`.
 
-    Raises ValueError for other bits than were written; where `dtype` rounds, it cannot tell.
+    Raises ValueError for other bits than were written. Where `dtype` rounds, one weight after the
+    other is read as it is stored, checked, and rounded on the devices.
     """
     abstract = state.abstract_params(model)
     if mesh is None:
@@ -217,23 +218,49 @@ def restore_params(
         )
     else:
         places = state.param_shardings(model, mesh)
-    abstract = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=place),
-        abstract,
-        places,
-    )
-    step = find(path)
-    with _readable(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        params = reader.restore(step / "params", args=_restore(abstract))
-    if dtype in (None, np.float32):  # other bits than were written
+    step, dtype = find(path), np.dtype(dtype or np.float32)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        with _readable(step):
+            stored = np.dtype(reader.metadata(step / "params").item_metadata.tree["norm"].dtype)
+        rounds = dtype not in (np.float32, stored)
+
+        def read(abstract: Any, places: Any) -> Any:
+            kind = stored if rounds else dtype
+            wanted = jax.tree.map(
+                lambda x, place: jax.ShapeDtypeStruct(x.shape, kind, sharding=place),
+                abstract,
+                places,
+            )
+            with _readable(step):
+                args = _restore(wanted, partial_restore=rounds)
+                params = reader.restore(step / "params", args=args)
+            check_params(params, step)
+            return jax.tree.map(lambda x: x.astype(dtype), params) if rounds else params
+
+        if not rounds:
+            return read(abstract, places)
+        return _one_by_one(read, abstract, places)
+
+
+def _one_by_one(read: Callable, abstract: Any, places: Any) -> Any:
+    """What `read` makes of the whole tree, called with one leaf at a time."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+    made = []
+    for (path, leaf), place in zip(leaves, jax.tree.leaves(places), strict=True):
+        for key in reversed(path):
+            leaf, place = {key.key: leaf}, {key.key: place}
+        made += jax.tree.leaves(read(leaf, place))
+    return jax.tree.unflatten(structure, made)
+
+
+def check_params(params: Any, step: epath.Path) -> None:
+    """Raises ValueError unless these weights, of `step`, are those that were written."""
+    if next(iter(jax.tree.leaves(params))).dtype == np.float32:
         check_bits({"params": params}, step)
     if has_checksums(step):  # of imported weights
         from codellama_jax.convert import proof
 
-        known = proof.read(step.parent)
-        if np.dtype(dtype or np.float32).name in ("float32", known.dtype):
-            proof.check_params(params, known, step)
-    return params
+        proof.check_params(params, proof.read(step.parent), step)
 
 
 def load(

@@ -59,8 +59,19 @@ def test_tied_embeddings_stay_tied(tmp_path, kind):
     convert.convert(("hf", tmp_path / "a"), (kind, tmp_path / "b"), say=quiet)
     model, params = convert.read_params(tmp_path / "b", say=quiet)
     assert model == tied and "output" not in params
-    with pytest.raises(ValueError, match="tied"):
-        convert.convert(("hf", tmp_path / "a"), ("meta", tmp_path / "c"), say=quiet)
+
+
+@pytest.mark.parametrize("shards", [1, 8])
+def test_tied_embeddings_are_written_twice_where_meta_has_no_word_for_them(tmp_path, shards):
+    write(tmp_path / "a", "hf", replace(GQA, tied_embeddings=True))
+    lines, to = [], ("meta", tmp_path / "b")
+    convert.convert(("hf", tmp_path / "a"), to, shards=shards, verify=True, say=lines.append)
+    assert any(line.startswith("repaired: Meta's format has no tied") for line in lines)
+    model, params = convert.read_params(tmp_path / "b", say=quiet)
+    tied = convert.read_params(tmp_path / "a", say=quiet)[1]
+    assert model == GQA
+    assert params.pop("output").tobytes() == tied["tok_embeddings"].T.tobytes()
+    assert_same_bits(params, tied)
 
 
 def test_metas_and_hugging_faces_files_of_one_model_give_the_same_bits(material):

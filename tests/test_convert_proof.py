@@ -44,12 +44,16 @@ def test_a_flipped_bit_is_noticed_over_a_mesh_where_a_stage_starts_and_in_use(tm
             read()
 
 
-def test_reading_into_a_dtype_that_rounds_cannot_be_checked_and_is_not(tmp_path):
+def test_reading_into_a_dtype_that_rounds_is_checked_before_it_is_rounded(tmp_path):
     folder = write(tmp_path / "a", "orbax", GQA, "float32")
+    rounded = checkpoint.restore_params(folder, GQA, mesh(), "bfloat16")
+    assert len(rounded["layers"]["attention"]["wq"].sharding.device_set) == 8
+    expected = jax.tree.map(lambda x: x.astype("bfloat16"), random_params(GQA, "float32"))
+    assert_same_bits(expected, jax.tree.map(np.asarray, rounded))
     flip_a_bit(folder)
-    checkpoint.restore_params(folder, GQA, mesh(), "bfloat16")
-    with pytest.raises(ValueError, match="is not the tensor"):
-        run.check(folder)
+    for place in (mesh(), None):
+        with pytest.raises(ValueError, match="is not the tensor"):
+            checkpoint.restore_params(folder, GQA, place, "bfloat16")
 
 
 def test_a_tensor_is_hashed_once_in_a_conversion(tmp_path, monkeypatch):

@@ -5,11 +5,13 @@
     python tools/bench_convert.py --width 768 --layers 24 --trained --path orbax hf
 
 Writes a model of random bits in Hugging Face's form and converts it along --path, each conversion
-in a process of its own, right after a `cp -r` of what it reads; removes everything. Processor time
-is that of user and system, all threads, starting Python included. Peak memory is that of the
-process, mapped pages included. With transformers installed, its own way from a folder to a folder
-(load, save) is measured too. With --trained the source is what the trainer writes, float32 weights
-and Adam's two moments; making it takes the memory that training would.
+in a process of its own, after a `cp -r` of what it reads and one SHA-256 over it (OpenSSL's, one
+thread), which together are the least that a conversion with proof can do; removes everything. Of
+--repeat runs the fastest counts. Processor time is that of user and system, all threads, starting
+Python included. Peak memory is that of the process, mapped pages included. With transformers
+installed, its own way from a folder to a folder (load, save) is measured too. With --trained the
+source is what the trainer writes, float32 weights and Adam's two moments; making it takes the
+memory that training would.
 """
 
 import argparse
@@ -49,12 +51,12 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        bench(model, args.path, folder, args.trained)
+        bench(model, args.path, folder, args.trained, args.repeat)
     finally:
         shutil.rmtree(folder)
 
 
-def bench(model: config.Model, path: list[str], folder: Path, trained: bool) -> None:
+def bench(model: config.Model, path: list[str], folder: Path, trained: bool, repeat: int) -> None:
     source = random_weights(model)
     if trained:
         source = weights.cast(source, np.dtype("float32"))
@@ -67,28 +69,40 @@ def bench(model: config.Model, path: list[str], folder: Path, trained: bool) -> 
         save_trained(model, folder / path[0])
     else:
         run._write(source, path[0], folder / path[0], {})
-    print(f"{'':24}{'seconds':>9}{'cp':>9}{'of cp':>8}{'CPU s':>9}{'cp':>9}{'peak MiB':>10}")
+    print(f"{'':24}{'-- seconds --':^36}{'-- CPU seconds --':^27}{'peak':>7}")
+    print(
+        f"{'':24}{'':>9}{'cp':>9}{'SHA-256':>9}{'ratio':>9}{'':>9}{'cp':>9}{'SHA-256':>9}{'MiB':>7}"
+    )
     for before, after in zip(path, path[1:], strict=False):
         command = [sys.executable, __file__, "--convert", before, after, folder]
-        against_cp(f"{before} -> {after}", folder / before, command)
+        against_cp(f"{before} -> {after}", folder / before, folder / "new", command, repeat)
         shutil.rmtree(folder / before)
         (folder / "new").rename(folder / after)
     if importlib.util.find_spec("transformers") and path[-1] == "hf":
         command = [sys.executable, "-c", TRANSFORMERS, folder / "hf", folder / "t"]
-        against_cp("transformers, hf -> hf", folder / "hf", command)
+        against_cp("transformers, hf -> hf", folder / "hf", folder / "t", command, repeat)
 
 
-def against_cp(name: str, source: Path, command: list) -> None:
-    """Runs `command`, which reads `source`, and `cp` before it; prints a line about both."""
-    os.sync()
-    copied, copied_cpu, _ = measured(["cp", "-r", source, source.parent / "copy"])
-    shutil.rmtree(source.parent / "copy")
-    os.sync()
-    seconds, cpu, printed = measured(command)
-    peak = int(printed.split("peak")[1]) >> 10
+def against_cp(name: str, source: Path, made: Path, command: list, repeat: int) -> None:
+    """Runs `command`, which makes `made` of `source`, beside cp and SHA-256; prints a line."""
+    copy = source.parent / "copy"
+    runs = []
+    for _ in range(repeat):
+        shutil.rmtree(made, ignore_errors=True)
+        os.sync()
+        copied = measured(["cp", "-r", source, copy])
+        shutil.rmtree(copy)
+        hashed = measured([sys.executable, "-c", SHA256, source])
+        os.sync()
+        runs.append((copied, hashed, measured(command)))
+    copied, hashed, converted = (
+        min(kind, key=lambda run: run[0]) for kind in zip(*runs, strict=True)
+    )
+    peak = max(int(run[2][2].split("peak")[1]) for run in runs) >> 10
+    ratio = converted[0] / (copied[0] + hashed[0])
     print(
-        f"{name:24}{seconds:9.1f}{copied:9.1f}{copied / seconds:8.0%}"
-        f"{cpu:9.1f}{copied_cpu:9.1f}{peak:10,}",
+        f"{name:24}{converted[0]:9.1f}{copied[0]:9.1f}{hashed[0]:9.1f}{ratio:9.2f}"
+        f"{converted[1]:9.1f}{copied[1]:9.1f}{hashed[1]:9.1f}{peak:7,}",
         flush=True,
     )
 
@@ -101,6 +115,15 @@ def measured(command: list) -> tuple[float, float, str]:
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return seconds, cpu, done.stdout
 
+
+SHA256 = """
+import hashlib, sys
+from pathlib import Path
+for path in Path(sys.argv[1]).rglob("*"):
+    if path.is_file():
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, "sha256")
+"""
 
 TRANSFORMERS = """
 import re, sys
@@ -151,6 +174,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer layers than the size has")
     parser.add_argument("--width", type=int, help="narrower than the size: a multiple of 128")
     parser.add_argument("--trained", action="store_true", help="start from a trainer's checkpoint")
+    parser.add_argument("--repeat", type=int, default=1, help="runs, of which the fastest counts")
     parser.add_argument("--workdir", default="/tmp")
     parser.add_argument(
         "--path", nargs="+", choices=run.FORMATS, default=["hf", "orbax", "meta", "hf"]

@@ -245,7 +245,7 @@ def check_shards(model: config.Model, shards: int) -> None:
     if shards not in (1, 2, 4, 8):
         raise ValueError(f"shards={shards} is not 1, 2, 4 or 8")
     if model.tied_embeddings:
-        raise ValueError("Meta's format has no tied embeddings; use Hugging Face's")
+        raise ValueError("Meta's format has no tied embeddings; write the embedding twice")
     for name in ("num_heads", "num_kv_heads", "ffn_dim", "vocab_size", "dim"):
         if getattr(model, name) % shards:
             raise ValueError(f"{name}={getattr(model, name)} does not divide by shards={shards}")

@@ -118,15 +118,16 @@ def sums_of(weights: Weights) -> dict[str, str]:
 def check_params(params: dict, expected: Checksums, where: Path) -> None:
     """Raises ValueError unless JAX arrays, over any mesh, are the tensors that `expected` names.
 
-    For what was read from disk already, in the stored dtype or a wider one: one tensor after the
-    other is put together on the devices, and one of the processes hashes it. So no host reads more
-    than its slices, nor anything twice. All processes must call this, and all get the same answer.
+    params: all weights, or some of them, in the stored dtype or a wider one. They were read from
+    disk already: one tensor after the other is put together on the devices, and one of the
+    processes hashes it. So no host reads more than its slices, nor anything twice. All processes
+    must call this, and all get the same answer.
     """
     import jax
     from jax.experimental import multihost_utils
 
     stored, lengths = weights_.dtype(expected.dtype), table.sizes(expected.model)
-    tensors = list(table.tensors(expected.model))
+    tensors = [t for t in table.tensors(expected.model) if weights_.has(params, t.row)]
 
     def is_right(tensor: table.Tensor, whole: jax.Array) -> bool:
         array = np.asarray(whole.addressable_data(0)).astype(stored)

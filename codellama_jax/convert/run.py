@@ -76,6 +76,9 @@ def convert(
     with tempfile.TemporaryDirectory() as temporary:
         if grow_vocab:
             weights = _grown(weights, tokenizer is None, Path(temporary), say)
+        if to == "meta" and weights.model.tied_embeddings:
+            weights = weights_.untied(weights)
+            findings.repaired("Meta's format has no tied embeddings: the output is written too")
         weights = _rounded(weights, dtype, findings)
         _check_tokenizer(weights, findings)
         options = {"meta": {"shards": shards}, "hf": {"shard_bytes": shard_bytes}}.get(to, {})

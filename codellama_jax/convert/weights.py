@@ -154,6 +154,13 @@ def to_params(weights: Weights) -> dict:
     return params
 
 
+def has(params: dict, row: table.Row) -> bool:
+    """Whether the array that the table's row means is in a nested dict."""
+    for key in row.ours.split("."):
+        params = params.get(key, {})
+    return not isinstance(params, dict)
+
+
 def leaf(params: dict, row: table.Row):
     """The array of a nested dict that the table's row means."""
     for key in row.ours.split("."):
@@ -182,6 +189,16 @@ def cast(weights: Weights, to: np.dtype) -> Weights:
             return array.astype(to)
 
     return replace(weights, dtype=np.dtype(to), read=read, sums={})
+
+
+def untied(weights: Weights) -> Weights:
+    """The same weights with the embedding a second time, as the output."""
+    embedding = next(t for t in table.tensors(weights.model) if t.row.ours == "tok_embeddings")
+
+    def read(tensor: table.Tensor) -> np.ndarray:
+        return weights.read(embedding if tensor.row.ours == "output" else tensor)
+
+    return replace(weights, model=replace(weights.model, tied_embeddings=False), read=read)
 
 
 def grow(weights: Weights, vocab_size: int) -> Weights:
