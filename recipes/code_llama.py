@@ -76,6 +76,10 @@ LAYOUTS = {       # size, rows of a batch, row length: slice
         "v5e:16x16": Layout(context=4, loss_chunk=4_096),
         "v5p:4x4x8": Layout(data=4, fsdp=16, context=2, remat="dots", loss_chunk=4_096),
     },
+    ("70b", 1_024, 4_096): {
+        "v6e:16x16": Layout(tensor=4, microbatches=16, remat="dots", loss_chunk=4_096),
+        "v5p:4x4x8": Layout(data=2, fsdp=64, microbatches=8, remat="dots", loss_chunk=4_096),
+    },
 }
 # fmt: on
 
