@@ -6,6 +6,7 @@ pth, safetensor             the two file formats, mapped and streamed
 meta, huggingface, orbax    the three folder formats
 hf_tokenizer  tokenizer.json from a SentencePiece model
 guard         which official model this is, and what is wrong with it
+memory        of tensors, used again and again
 proof         SHA-256 sums beside the weights
 run           convert(), and the two ways between a folder and memory
 """

@@ -1,0 +1,70 @@
+"""Memory that goes from tensor to tensor, and never from under one."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from convert_fixture import GQA, assert_same_bits, random_params, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from codellama_jax import convert
+from codellama_jax.convert import memory, orbax, table
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 3), st.booleans()), max_size=12))
+def test_arrays_that_live_never_share_memory(steps):
+    alive = []
+    with memory.kept():
+        for number, (size, drop) in enumerate(steps):
+            array = memory.empty((size << 18, 2), np.dtype(ml_dtypes.bfloat16))
+            array.view(np.uint16)[:] = number
+            alive.append((number, array[1:].T))  # a view keeps the memory as the array does
+            del array
+            if drop:
+                alive.pop(0)
+        assert all((view.view(np.uint16) == number).all() for number, view in alive)
+
+
+def test_memory_is_used_again_while_tensors_stream_and_let_go_after():
+    with memory.kept():
+        first = memory.empty((1 << 21,), np.dtype(np.uint8)).ctypes.data
+        again = memory.empty((1 << 20,), np.dtype(np.uint8))
+        assert again.ctypes.data == first
+        del again
+    assert not memory._idle
+    kept = memory.empty((1 << 21,), np.dtype(np.uint8))
+    del kept
+    assert not memory._idle
+
+
+@pytest.mark.parametrize("axes", ["rows", "columns"])
+def test_blocks_are_the_bytes_in_order(axes):
+    x = np.arange(3 << 19, dtype=np.float32).reshape(1 << 9, -1)
+    x = x[:, 5:-7] if axes == "columns" else x
+    blocks = list(memory.blocks(x))
+    assert len(blocks) > 2 and max(block.nbytes for block in blocks) <= memory.BLOCK
+    assert b"".join(block.tobytes() for block in blocks) == x.tobytes()
+
+
+@pytest.mark.parametrize("row", table.TABLE, ids=lambda row: row.ours)
+def test_slices_along_the_width_are_put_together_as_they_would_be_whole(row):
+    lengths = table.sizes(GQA)
+    x = np.random.default_rng(0).integers(0, 9, table.shape(row.ours_axes, lengths), np.uint16)
+    whole = table.rearrange(x, row.ours_axes, row.hf_axes, lengths)
+    out = np.empty_like(whole)
+    ours = row.ours_axes.replace("(two h)", "H").split().index("D")
+    parts = np.split(x, 4, axis=ours)
+    places = np.split(out, 4, axis=0 if row.hf_axes.startswith("D") else 1)
+    for part, place in zip(parts, places, strict=True):
+        table.rearrange(part, row.ours_axes, row.hf_axes, lengths | {"D": GQA.dim // 4}, place)
+    assert out.tobytes() == whole.tobytes()
+
+
+def test_a_layer_in_several_files_is_one_tensor(tmp_path, monkeypatch):
+    monkeypatch.setattr(orbax, "CHUNK_BYTES", 2_000)
+    folder = write(tmp_path / "a", "orbax", GQA)
+    assert len(list((folder / "0/params/layers.feed_forward.w2").glob("1.*"))) > 1
+    assert_same_bits(random_params(GQA, "bfloat16"), convert.read_params(folder)[1])
+    monkeypatch.undo()  # then the files are another's, which TensorStore reads
+    assert_same_bits(random_params(GQA, "bfloat16"), convert.read_params(folder)[1])
