@@ -7,6 +7,7 @@ import jax
 from etils import epath
 
 from codellama_jax import (
+    agreement,
     checkpoint,
     cluster,
     config,
@@ -34,7 +35,7 @@ def train(stage: config.Stage, workdir: epath.PathLike) -> state.Params:
     """
     workdir = checkpoint.absolute(workdir)
     folder, corpus_dir = workdir / stage.name, storage.beside(workdir, stage.data.corpus)
-    cluster.compare(lambda: identity(stage, workdir))
+    agreement.compare(lambda: identity(stage, workdir))
     writes = jax.process_index() == 0
 
     # -- mesh, tokenizer, workdir --------------------------------------------------------------
@@ -136,7 +137,7 @@ def identity(stage: config.Stage, workdir: epath.Path) -> dict[str, object]:
     folder = corpus.open(storage.beside(workdir, stage.data.corpus), tokenizer)
     recipe = checkpoint.describe(stage, tokenizer.fingerprint, folder.fingerprint)
     own = ("stage.data.corpus", "stage.data.tokenizer")  # each may have a copy of its own
-    said = checkpoint.flat(recipe) | cluster.machine()
+    said = checkpoint.flat(recipe) | agreement.machine()
     return {name: value for name, value in said.items() if name not in own}
 
 

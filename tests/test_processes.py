@@ -13,7 +13,7 @@ import pytest
 import stage_process as own
 from stage_process import assert_equal, code_stage, ended, lines, new_workdir, weights
 
-from codellama_jax import checkpoint, cluster, goodput, train, watchdog
+from codellama_jax import agreement, checkpoint, goodput, train, watchdog
 
 STEPS = 30
 
@@ -218,10 +218,10 @@ def test_steps_that_end_in_time_are_not_reported(capfd):
 def test_what_processes_say_otherwise_than_the_first_is_listed():
     hosts = ["a", "b", "c"]
     said = [{"jax": "1", "code": "x"}, {"jax": "2", "code": "x"}, {"jax": "1"}]
-    assert cluster.differing(hosts, said) == [
+    assert agreement.differing(hosts, said) == [
         "code is None on c (process 2), x on a (process 0)",
         "jax is 2 on b (process 1), 1 on a (process 0)",
     ]
-    assert cluster.differing(hosts, [said[0]] * 3) == []
+    assert agreement.differing(hosts, [said[0]] * 3) == []
     broken = [said[0], {"": "there is no corpus"}, said[0]]
-    assert cluster.differing(hosts, broken) == ["process 1 on b: there is no corpus"]
+    assert agreement.differing(hosts, broken) == ["process 1 on b: there is no corpus"]
