@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from codellama_jax import config, sharding
@@ -46,15 +47,19 @@ def attend(
 ) -> jax.Array:
     """Causal self-attention over whole rows (T = S). Returns [B, T, N, H] in the dtype of q.
 
+    What it returns is "attention_out" to a rematerialisation policy.
+
     With context > 1 the rows, segments too, lie in the order of sharding.balance.
     """
-    if kernel == "splash":
+    if kernel == "splash":  # names its output inside: a name here would keep it twice
         return _splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, context)
     if kernel == "cudnn":
-        return _cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT)
-    if context > 1:
-        return _shares(q_BTNH, k_BSKH, v_BSKH, segments_BT, context)
-    return _blocks(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+        o_BTNH = _cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+    elif context > 1:
+        o_BTNH = _shares(q_BTNH, k_BSKH, v_BSKH, segments_BT, context)
+    else:
+        o_BTNH = _blocks(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+    return checkpoint_name(o_BTNH, "attention_out")
 
 
 def pairs(length: int, context: int = 1, block: int | None = None) -> int:

@@ -153,7 +153,6 @@ class Attention(nnx.Module):
         q_BTNH = checkpoint_name(rotate(q_BTNH, rope), "query")
         k_BTKH = checkpoint_name(rotate(k_BTKH, rope), "key")
         o_BTNH = attend(q_BTNH, k_BTKH, checkpoint_name(v_BTKH, "value"))
-        o_BTNH = checkpoint_name(o_BTNH, "attention_out")
         return product(o_BTNH, self.wo)
 
 

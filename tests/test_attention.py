@@ -1,5 +1,7 @@
 import contextlib
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +116,16 @@ def test_splash_equals_the_definition(length, segmented):
     segments_BT = segments_BT if segmented else None
     got = jax.jit(splash(segments_BT))(q, k, v)
     np.testing.assert_allclose(got, naive(q, k, v, segments_BT), atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["xla", "splash"])
+def test_rematerialisation_may_keep_the_output_and_keeps_it_once(kernel):
+    q, k, v, _ = inputs(128, width=16, rows=1)
+    attend = functools.partial(attention.attend, kernel=kernel)
+    text = str(jax.make_jaxpr(lambda *qkv: jax.vjp(attend, *qkv)[0])(q, k, v))
+    shapes = re.findall(r"\w+:f32\[([\d,]+)\] = name\[name=attention_out\]", text)
+    sizes = [math.prod(int(n) for n in shape.split(",")) for shape in shapes]
+    assert sizes.count(q.size) == 1
 
 
 @pytest.mark.slow
