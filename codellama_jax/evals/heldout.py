@@ -141,7 +141,7 @@ def by_position(
     corpus_name: str = "code_files",
     old_length: int | None = None,
     buckets: int = 8,
-    max_windows: int = 128,
+    max_windows: int = 192,
 ) -> ByPosition:
     """The loss by position in rows of `length` tokens, all of one document each (section 3.3).
 
