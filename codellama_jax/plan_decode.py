@@ -10,7 +10,7 @@ num_kv_heads devices for a row. The time of a program is the larger of two:
     memory    weights and cache once through the chip's memory, for each token or chunk read
 
 Reading takes as many rounds as the prompt has chunks of decode.PREFILL_CHUNK; generating is given
-for one token.
+for one token, a share of a call that adds decode.DECODE_CHUNK.
 """
 
 import gzip
@@ -91,10 +91,15 @@ def layout_of(
 def _compiled(name, model, layout, where, batch, context, options, cache):
     """What the compiler says of a program, and its schedule; from the cache if asked before."""
     question = [name, config.to_json(model), config.to_json(layout), str(where), batch, context]
-    key = plan.digest([*question, options, plan.versions(), _own_code()])
+    asked = plan.digest([*question, options, plan.versions(), _own_code()])
+    key, made = plan.load(cache / f"{asked}.alias.json"), None
+    if key is None:
+        made = lower(name, model, layout, where, batch, context)
+        key = plan.digest([made[0].as_text(), str(where), options, plan.versions()])
+        plan.save(cache / f"{asked}.alias.json", key)
     facts = plan.load(cache / f"{key}.json")
     if facts is None:
-        lowered, mesh = lower(name, model, layout, where, batch, context)
+        lowered, mesh = made or lower(name, model, layout, where, batch, context)
         facts, text = plan.compile_now(lowered, mesh, options)
         plan.save(cache / f"{key}.hlo.gz", gzip.compress(text.encode()))
         plan.save(cache / f"{key}.json", facts)
@@ -210,12 +215,14 @@ def _time(name, model, where, batch, context, facts, text) -> Report:
     from codellama_jax import decode
 
     prompt = decode.bucket(context)
-    rounds = -(-context // min(decode.PREFILL_CHUNK, prompt)) if name == "prefill" else 1
+    chunks = -(-context // min(decode.PREFILL_CHUNK, prompt))
+    rounds, share = (chunks, 1) if name == "prefill" else (decode.DECODE_CHUNK,) * 2
     facts = facts | {"regions": estimate.regions(text, facts, where, rounds)}
     total = estimate.seconds_of(None, where, facts)  # no kernels here, so no stage is needed
+    total = {part: value / share for part, value in total.items()}  # of a call that adds so many
     chip, devices = where.chip, where.chip.devices
     reads = facts["memory"]["arguments"] + _cache_bytes(model, facts["mesh"], batch, prompt, name)
-    total["memory"] = rounds * reads / (chip.hbm_gbs / devices * 1e9)
+    total["memory"] = rounds / share * reads / (chip.hbm_gbs / devices * 1e9)
     total["step"] = max(total["step"], total["memory"])
     tokens = batch * (context if name == "prefill" else 1)
     forward = model.flops_per_token(context if name == "prefill" else 2 * context) / 3
@@ -226,7 +233,10 @@ def _time(name, model, where, batch, context, facts, text) -> Report:
         "tokens_per_second": round(tokens / total["step"], 1),
         "tokens_per_second_per_chip": round(tokens / total["step"] / where.chips, 1),
         "mfu": round(tokens * forward / total["step"] / peak, 4),
-        "collectives": estimate.collectives(facts, chip),
+        "collectives": [
+            row | {part: row[part] / share for part in ("gigabytes", "seconds", "calls")}
+            for row in estimate.collectives(facts, chip)
+        ],
     }
 
 

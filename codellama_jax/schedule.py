@@ -31,7 +31,7 @@ CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-CONSTANT = re.compile(r" s32\[\][^ ]* constant\((\d+)\)")
+CONSTANT = re.compile(r" [su]32\[\][^ ]* constant\((\d+)\)")  # u32: loops over shards
 BLOCK = re.compile(r'block_q(?:_d\w+)?\\*": *(\d+)')  # as splash attention notes it
 CHANNEL = re.compile(r"channel_id=(\d+)")
 SCATTERED = re.compile(r"all-reduce-scatter")  # the compiler's name of a reduce-scatter
@@ -143,7 +143,7 @@ def split(text: str) -> tuple[dict[str, list[str]], str | None]:
 
 
 def trips(computations: dict[str, list[str]], loop: str, rounds: int | None = None) -> int:
-    """How often a while runs: the largest s32 constant of its condition; without one, `rounds`."""
+    """How often a while runs: the largest constant of its condition; without one, `rounds`."""
     condition = CONDITION.search(loop)
     found = [
         int(value)

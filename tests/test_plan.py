@@ -74,6 +74,11 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert dict(loop.kernels) == {"splash_mha_fwd_segmented_residuals 512": 1}
 
 
+def test_a_loop_over_shards_counts_its_steps_in_another_type():
+    shards = HLO.replace("s32[]{:T(128)} constant(32)", "u32[]{:T(128)} constant(4)")
+    assert [region.times for region in schedule.read(shards, rounds=196)] == [1, 4]
+
+
 def test_a_collective_seen_three_times_moves_once():
     _, loop = schedule.read(HLO)
     gather, reduce = sorted(loop.collectives, key=lambda each: each.kind)
