@@ -98,7 +98,7 @@ def arguments():
     parser.add_argument(
         "--outdated",
         action="store_true",
-        help="cells that docs/pods.json lacks, or of old programs",
+        help="cells that docs/pods.json lacks, or of old programs or estimates",
     )
     parser.add_argument("--fill", action="store_true", help="compile and record these, all of them")
     parser.add_argument(
@@ -245,7 +245,7 @@ def one_line(report: dict) -> str:
 # -- the whole ledger ----------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A layout of the recipe that the ledger lacks (why: missing), or has of an older program."""
+    """A layout of the recipe that the ledger lacks, or has of an older program or estimate."""
 
     size: str
     stage: config.Stage
@@ -259,13 +259,15 @@ class Cell:
 
 
 def compile_twins(records: bool) -> None:
-    """Compares the twin of every layout with docs/pods_twins.json, or puts it there."""
+    """Compares the twin of every layout with docs/pods_twins.json, or writes that anew."""
+    needed = {}
     for size, stage, where in laid_out_stages():
         name = twins.name_of(stage, size, str(where))
-        new = twins.needs(stage, where)
-        if records:
-            twins.record(DOCS, name, new)
-        print(twins.compare(name, new, twins.read(DOCS).get(name)), flush=True)
+        needed[name] = twins.needs(stage, where)
+        old = needed[name] if records else twins.read(DOCS).get(name)
+        print(twins.compare(name, needed[name], old), flush=True)
+    if records:
+        twins.record(DOCS, needed)
 
 
 def laid_out_stages():
@@ -284,7 +286,7 @@ def laid_out_stages():
 def fill(compiles: bool) -> None:
     """Names the cells that the ledger lacks; compiles and records them, one after another."""
     for cell in outdated():
-        print(f"{cell.why:<14}{cell.size:>4} {cell.stage.name} on {cell.where}", flush=True)
+        print(f"{cell.why:<15}{cell.size:>4} {cell.stage.name} on {cell.where}", flush=True)
         if compiles:
             cell.record()
 
@@ -295,14 +297,24 @@ def outdated() -> list[Cell]:
     for size in config.SIZES:
         for stage in code_llama.stages(size).values():
             for text, layout in code_llama.layouts(stage, size).items():
-                where = chips.Slice.parse(text)
-                row = ledger.find(DOCS, size, stage, text, layout)
-                made = plan.canonical(dataclasses.replace(stage, layout=layout))
-                if row is None:
-                    found.append(Cell(size, stage, where, "missing"))
-                elif row.get("program") != plan.program(made, where, {}, plan.cache_folder())[0]:
-                    found.append(Cell(size, stage, where, "other program"))
+                where, row = chips.Slice.parse(text), ledger.find(DOCS, size, stage, text, layout)
+                if why := staleness(size, dataclasses.replace(stage, layout=layout), where, row):
+                    found.append(Cell(size, stage, where, why))
     return found
+
+
+def staleness(size: str, stage: config.Stage, where: chips.Slice, row: dict | None) -> str:
+    """Why a row is to be made anew; "" where it is not."""
+    if row is None:
+        return "missing"
+    cache = plan.cache_folder()
+    program = plan.program(plan.canonical(stage), where, {}, cache)[0]
+    if row["program"] != program:
+        return "other program"
+    if plan.load(cache / f"{program}.json") is None:  # to compile it would show nothing new
+        return ""
+    now = ledger.row(size, plan.plan(stage, where))
+    return "other estimate" if any(row[name] != now[name] for name in ledger.TIME) else ""
 
 
 if __name__ == "__main__":
