@@ -64,6 +64,13 @@ def test_the_table_in_the_docs_is_that_of_the_ledger():
     assert ledger.table(ledger.read(DOCS)) in (DOCS / "pods.md").read_text()
 
 
+def test_the_table_of_generation_in_the_docs_is_that_of_its_rows():
+    rows = ledger.read(DOCS, ledger.GENERATION)
+    assert ledger.generation_table(rows) in (DOCS / "pods.md").read_text()
+    assert {row["context"] for row in rows if row["size"] in ("7b", "34b")} >= {100_000}
+    assert all(row["headroom"] >= plan.HEADROOM for row in rows)
+
+
 def test_recording_a_cell_again_replaces_it(tmp_path):
     (tmp_path / "pods.md").write_text("above\n<!-- ledger -->\nold\n<!-- /ledger -->\nbelow\n")
     rows = ledger.read(DOCS)
@@ -79,8 +86,8 @@ def test_a_cell_that_got_worse_is_refused():
     assert "no new collectives" in ledger.compare(DOCS, row)
     with pytest.raises(ValueError, match="3.0% more than the .* recorded: find out why"):
         ledger.compare(DOCS, row | {"peak_gib": 1.03 * row["peak_gib"]})
-    with pytest.raises(ValueError, match="did not have: send"):
-        ledger.compare(DOCS, row | {"collectives": [*row["collectives"], {"kind": "send"}]})
+    with pytest.raises(ValueError, match="did not have: broadcast"):
+        ledger.compare(DOCS, row | {"collectives": [*row["collectives"], {"kind": "broadcast"}]})
     other = row | {"jax": "another", "peak_gib": 2 * row["peak_gib"]}
     assert "not compared" in ledger.compare(DOCS, other)
     with pytest.raises(ValueError, match="has no row of 7b code on v5e:2x2"):
