@@ -74,6 +74,9 @@ LAYOUTS = {       # size, rows of a batch, row length: slice
         "v5e:16x16": Layout(microbatches=4, remat="attention", loss_chunk=4_096),
         "v5p:4x4x4": Layout(data=2, fsdp=32, microbatches=4, remat="dots", loss_chunk=4_096),
     },
+    ("13b", 128, 16_384): {
+        "v5e:16x16": Layout(context=4, microbatches=2, remat="attention", loss_chunk=4_096),
+    },
     ("34b", 1_024, 4_096): {
         "v5e:16x16": Layout(microbatches=4, loss_chunk=4_096),
         "v5p:4x4x8": Layout(data=4, fsdp=32, microbatches=4, remat="dots", loss_chunk=4_096),
