@@ -87,6 +87,7 @@ LAYOUTS = {       # size, rows of a batch, row length: slice
     },
     ("34b", 32, 16_384): {
         "v5e:16x16": Layout(context=8, remat="attention", loss_chunk=4_096),
+        "v5p:4x4x8": Layout(data=4, context=4, remat="dots", loss_chunk=4_096),
     },
     ("70b", 1_024, 4_096): {
         "v6e:16x16": Layout(tensor=4, microbatches=16, remat="dots", loss_chunk=4_096),
@@ -94,6 +95,7 @@ LAYOUTS = {       # size, rows of a batch, row length: slice
     },
     ("70b", 128, 4_096): {
         "v6e:16x16": Layout(context=2, remat="attention", loss_chunk=4_096),
+        "v5p:4x4x8": Layout(data=2, fsdp=64, remat="dots", loss_chunk=4_096),
     },
 }
 # fmt: on
