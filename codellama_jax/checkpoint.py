@@ -219,9 +219,10 @@ def restore_params(
     else:
         places = state.param_shardings(model, mesh)
     step, dtype = find(path), np.dtype(dtype or np.float32)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    handler = ocp.PyTreeCheckpointHandler()
+    with ocp.Checkpointer(handler) as reader:
         with _readable(step):
-            stored = np.dtype(reader.metadata(step / "params").item_metadata.tree["norm"].dtype)
+            stored = np.dtype(handler.metadata(step / "params").tree["norm"].dtype)
         rounds = dtype not in (np.float32, stored)
 
         def read(abstract: Any, places: Any) -> Any:

@@ -293,6 +293,12 @@ def test_a_checkpoint_with_other_bits_than_were_written_is_refused(saved, tmp_pa
             checkpoints.restore(abstract)
 
 
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_weights_are_read_without_a_warning(saved, dtype, caplog):
+    checkpoint.load(saved / "3", dtype=dtype)
+    assert not [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+
+
 # -- refusals ------------------------------------------------------------------------------------
 def same(stage, *, tokenizer="a" * 64, corpus="c" * 64):
     saved = RECIPE | {"model": tiny.MODEL}
