@@ -79,6 +79,7 @@ class Clock:
         self.first_step = self.step = step
         self.spent["start"] = time.monotonic() - self.began
         self._started = True
+        self._write()  # a call that is killed early counts, too
 
     def ended(self, step: int) -> None:
         """Notes that `step` is done."""

@@ -49,13 +49,13 @@ def test_what_a_call_spends_adds_up_to_its_time(tmp_path, time):
 
 
 def test_steps_that_are_done_again_are_lost(tmp_path, time):
-    call(tmp_path, time, 0, 9, killed=True)  # the newest whole checkpoint is that of step 4
+    call(tmp_path, time, 0, 11, killed=True)  # the newest whole checkpoint is that of step 4
     call(tmp_path, time, 4, 10)
     killed, whole = goodput.read(tmp_path)
-    assert (killed.first_step, killed.last_step) == (0, 8)  # of its last seconds is no record
+    assert (killed.first_step, killed.last_step) == (0, 9)  # of its last seconds is no record
     total = goodput.summary([killed, whole])
-    assert (total.calls, total.lost_steps) == (2, 4)
-    assert total.spent["lost"] == pytest.approx(16.0)
+    assert (total.calls, total.lost_steps) == (2, 5)
+    assert total.spent["lost"] == pytest.approx(20.0)
     assert total.spent["steps"] == pytest.approx(10 * 4.0)
     assert sum(total.spent.values()) == pytest.approx(total.seconds)
     assert "4 steps done again" in goodput.words(total) and "in 2 calls" in goodput.words(total)
@@ -86,3 +86,11 @@ def test_a_process_that_does_not_write_leaves_nothing(tmp_path):
     with goodput.Clock(tmp_path, writes=False) as clock:
         clock.starts(3)
     assert goodput.read(tmp_path) == [] and list(tmp_path.iterdir()) == []
+
+
+def test_a_call_that_is_killed_at_once_counts(tmp_path, time):
+    call(tmp_path, time, 0, 1, killed=True)
+    call(tmp_path, time, 0, 5)
+    total = goodput.summary(goodput.read(tmp_path))
+    assert (total.calls, total.lost_steps) == (2, 0)
+    assert total.spent["start"] == 2.0
