@@ -58,7 +58,7 @@ def test_steps_that_are_done_again_are_lost(tmp_path, time):
     assert total.spent["lost"] == pytest.approx(20.0)
     assert total.spent["steps"] == pytest.approx(10 * 4.0)
     assert sum(total.spent.values()) == pytest.approx(total.seconds)
-    assert "4 steps done again" in goodput.words(total) and "in 2 calls" in goodput.words(total)
+    assert "5 steps done again" in goodput.words(total) and "in 2 calls" in goodput.words(total)
     (tmp_path / "run").mkdir()
     (tmp_path / "goodput.json").rename(tmp_path / "run" / "goodput.json")
     assert goodput.seconds(tmp_path, ["run", "absent"]) == total.seconds
