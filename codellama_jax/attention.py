@@ -129,8 +129,8 @@ def masked(
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v with softmax in float32. Each query must see one key at least.
 
-    Scores are scaled and normalised where they are small, as queries and as outputs: each pass over
-    all pairs of a query and a key is half of the time on CPUs.
+    The sum divides the output, not the pairs of query and key: on CPUs each pass over all pairs,
+    there and back, takes a good part of the time.
     """
     (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     G = N // K

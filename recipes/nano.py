@@ -136,6 +136,7 @@ def main() -> None:
         check_arguments(args)
         began = time.monotonic()
         use_cpu()
+        keep_memory()
         workdir = Path(args.workdir)
         launch.make_folder(workdir)
         launch.keep_compiled(workdir)
@@ -199,7 +200,6 @@ def use_cpu() -> None:
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 1)
-    keep_memory()
 
 
 def keep_memory() -> None:
