@@ -116,15 +116,17 @@ class JsonTokenizer(Tokenizer):
 
 def _read(path: str) -> tuple[str, dict]:
     try:
-        text = epath.Path(path).read_text()
+        text = epath.Path(path).read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise ValueError(f"there is no file {path}; give the path of a tokenizer.json") from error
     try:
         content = json.loads(text)
-        content["model"]["vocab"].values()
-        return text, content
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is not a whole tokenizer.json with a vocabulary") from None
+        found = _ids(content)
+        if found and all(type(i) is int for i in found.values()):
+            return text.decode(), content
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ValueError(f"{path} is not a whole tokenizer.json with a vocabulary")
 
 
 def fingerprint(path: str) -> str:

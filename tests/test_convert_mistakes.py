@@ -22,7 +22,7 @@ def test_a_folder_of_another_format_or_none_is_named(tmp_path):
 def test_a_wrong_file_or_size_is_refused_in_a_sentence(tmp_path):
     folder = write(tmp_path / "hf", "hf", GQA)
     jobs = {"source": ("hf", folder), "destination": ("hf", tmp_path / "out")}
-    with pytest.raises(ValueError, match="there is no file .*; give the path of a tokenizer"):
+    with pytest.raises(ValueError, match="is no tokenizer; give the path of a tokenizer"):
         run.convert(**jobs, tokenizer=tmp_path)
     with pytest.raises(ValueError, match="shard_bytes=0 must be above 0"):
         run.convert(**jobs, shard_bytes=0)
@@ -41,5 +41,5 @@ def test_a_checkpoint_that_lacks_a_part_is_refused_without_the_librarys_settings
         run.convert(("orbax", folder), ("hf", tmp_path / "out"))
     assert "tensorstore_spec" not in str(error.value)
     (folder / "0/params/_METADATA").unlink()
-    with pytest.raises(ValueError, match="no _METADATA .No such file or directory.$"):
+    with pytest.raises(ValueError, match="_METADATA cannot be read: No such file or directory$"):
         run.convert(("orbax", folder), ("hf", tmp_path / "out"))

@@ -60,8 +60,8 @@ def test_a_tensor_is_hashed_once_in_a_conversion(tmp_path, monkeypatch):
     """Whether a checksum table lies beside the source or not."""
     write(tmp_path / "a", "hf", GQA)
     hashed = []
-    inspect = proof.inspect
-    monkeypatch.setattr(proof, "inspect", lambda array: hashed.append(1) or inspect(array))
+    examine = proof.examine
+    monkeypatch.setattr(proof, "examine", lambda array: hashed.append(1) or examine(array))
     for source in ("with table", "without"):
         hashed.clear()
         run.convert(("hf", tmp_path / "a"), ("meta", tmp_path / source), say=lambda line: None)

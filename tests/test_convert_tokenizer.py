@@ -121,13 +121,28 @@ def test_a_tokenizer_of_hugging_faces_own_goes_along_as_it_is(tmp_path):
     for name, content in files.items():
         (tmp_path / "a" / name).write_text(json.dumps(content))
     (tmp_path / "a" / "generation_config.json").unlink()
-    convert.convert(("hf", tmp_path / "a"), ("orbax", tmp_path / "b"), say=quiet)
-    convert.convert(("orbax", tmp_path / "b"), ("hf", tmp_path / "c"), say=quiet)
+    for kind, to, src, dst in (
+        ("hf", "meta", "a", "m"),
+        ("meta", "orbax", "m", "b"),
+        ("orbax", "hf", "b", "c"),
+    ):
+        convert.convert((kind, tmp_path / src), (to, tmp_path / dst), say=quiet)
     for name, content in files.items():
         assert json.loads((tmp_path / "c" / name).read_text()) == content
     for name in ("config.json", "generation_config.json"):
         settings = json.loads((tmp_path / "c" / name).read_text())
         assert (settings["bos_token_id"], settings["eos_token_id"]) == (319, 318)
+
+
+def test_metas_folder_has_tokenizer_model_alone(nano, tmp_path):
+    size = Tokenizer(nano).vocab_size
+    write(tmp_path / "a", "hf", replace(GQA, vocab_size=size))
+    convert.convert(("hf", tmp_path / "a"), ("hf", tmp_path / "b"), tokenizer=nano, say=quiet)
+    assert (tmp_path / "b/tokenizer.json").exists()
+    convert.convert(("hf", tmp_path / "b"), ("meta", tmp_path / "c"), say=quiet)
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
+        "checklist.chk", "checksums.json", "consolidated.00.pth", "params.json", "tokenizer.model",
+    ]  # fmt: skip
 
 
 # -- growing -----------------------------------------------------------------------------------

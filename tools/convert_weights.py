@@ -10,6 +10,7 @@ An Orbax folder is a stage of a workdir: a recipe starts from it by its name.
 """
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ def main() -> int:
                 getattr(args, "from"),
                 args.to,
                 shards=args.shards,
-                shard_bytes=int(args.shard_gb * 1e9),
+                shard_bytes=args.shard_gb,
                 dtype=args.dtype,
                 tokenizer=args.tokenizer,
                 grow_vocab=args.grow_vocab,
@@ -37,8 +38,11 @@ def main() -> int:
                 say=progress.say,
                 progress=progress,
             )
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk, above all
+        print(f"error: {error}; nothing is at {args.to[1]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"stopped; nothing is at {args.to[1]}", file=sys.stderr)
@@ -55,7 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--from", nargs=2, required=True, metavar=pair)
     parser.add_argument("--to", nargs=2, required=True, metavar=pair)
     parser.add_argument("--shards", type=int, default=1, help="files of a Meta folder: 1, 2, 4, 8")
-    parser.add_argument("--shard-gb", type=float, default=5, help="largest Hugging Face file")
+    parser.add_argument("--shard-gb", type=gigabytes, default="5", help="largest Hugging Face file")
     parser.add_argument("--dtype", help="bfloat16, float16 or float32; left out: every bit stays")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model to put beside")
     parser.add_argument(
@@ -72,6 +76,14 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def gigabytes(text: str) -> int:
+    """Bytes. Raises ValueError for what is no number of them above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return int(value * 1e9)
+
+
 class Bar:
     """A progress bar with bytes and speed, above which lines can be printed."""
 
@@ -84,6 +96,7 @@ class Bar:
             progress.TransferSpeedColumn(),
             progress.TimeRemainingColumn(),
             transient=True,
+            disable=not sys.stdout.isatty(),
         )
         self.task = self.bar.add_task("", total=None)
         self.bar.start()

@@ -5,6 +5,7 @@ weights       a model's weights as something to read tensor by tensor; casts, ne
 pth, safetensor             the two file formats, mapped and streamed
 meta, huggingface, orbax    the three folder formats
 hf_tokenizer  tokenizer.json from a SentencePiece model
+settings      JSON beside weights, read as what may be anything
 guard         which official model this is, and what is wrong with it
 memory        of tensors, used again and again
 proof         SHA-256 sums beside the weights

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -91,23 +90,6 @@ class Declared:
     tied_embeddings: bool = False
     code_llama: bool = False  # has settings that only Code Llama's files have
     default_eps: float = 1e-5  # what the format's own code takes where it is missing
-
-
-FRACTIONS = {"norm_eps", "rms_norm_eps", "rope_theta", "ffn_dim_multiplier"}
-
-
-def check_numbers(settings: dict, names: set[str], where: Path) -> None:
-    """Raises ValueError if one of `names` has a value that no model can have there."""
-    for name in sorted(names & settings.keys()):
-        value = settings[name]
-        if value is None or (name, value) == ("vocab_size", -1):  # which Meta's own files say
-            continue
-        kind = "number" if name in FRACTIONS else "whole number"
-        is_one = not isinstance(value, bool) and isinstance(
-            value, int | float if name in FRACTIONS else int
-        )
-        if not is_one or not 0 < value < math.inf:
-            raise ValueError(f"{where}: {name} is {value!r}, which is no {kind} above 0")
 
 
 # -- settings against shapes -------------------------------------------------------------------

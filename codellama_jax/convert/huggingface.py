@@ -10,8 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from codellama_jax import config
-from codellama_jax.convert import guard, hf_tokenizer, proof, pth, safetensor, table, vocabulary
-from codellama_jax.convert.meta import read_json
+from codellama_jax.convert import (
+    guard,
+    hf_tokenizer,
+    proof,
+    pth,
+    safetensor,
+    settings,
+    table,
+    vocabulary,
+)
 from codellama_jax.convert.weights import Weights, copy_tokenizer, stream, tokenizer_files
 
 # -- reading -----------------------------------------------------------------------------------
@@ -20,9 +28,9 @@ from codellama_jax.convert.weights import Weights, copy_tokenizer, stream, token
 def read(folder: Path, findings: guard.Findings) -> Weights:
     """The weights in `folder`. Raises ValueError for whatever guard finds wrong with them."""
     entries = _entries(folder)
-    settings = read_json(folder / "config.json")
-    guard.check_numbers(settings, NUMBERS, folder / "config.json")
-    declared = _declared(settings, findings)
+    said = settings.read(folder / "config.json")
+    settings.check_numbers(said, NUMBERS, folder / "config.json")
+    declared = _declared(said, findings)
     findings.settle()
     if declared.tied_embeddings and "lm_head.weight" in entries:
         _drop_tied_output(entries, findings)
@@ -47,7 +55,7 @@ def _entries(folder: Path) -> dict[str, pth.Entry]:
         if (folder / stem).exists():
             return kind.index(folder / stem)
         if (folder / f"{stem}.index.json").exists():
-            return _indexed(folder, read_json(folder / f"{stem}.index.json"), kind)
+            return _indexed(folder, settings.read(folder / f"{stem}.index.json"), kind)
     raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor an index")
 
 
@@ -64,9 +72,10 @@ def _indexed(folder: Path, content: dict, kind) -> dict[str, pth.Entry]:
     for name in sorted(set(places.values())):
         for tensor, entry in kind.index(folder / name).items():
             if places.get(tensor) != name:
+                place = f"in {places[tensor]}" if tensor in places else "nowhere"
                 raise ValueError(
-                    f"{folder / name} holds {tensor}, which the index places in "
-                    f"{places.get(tensor)}; are the shards of one model?"
+                    f"{folder / name} holds {tensor}, which the index places {place}; "
+                    "are the shards of one model?"
                 )
             entries[tensor] = entry
     absent = sorted(places.keys() - entries.keys())
@@ -94,42 +103,46 @@ FIXED = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
+    "tie_word_embeddings": (False, True),
     "rope_scaling": (None,),
     "quantization_config": (None,),
 }
 
 
-def _declared(settings: dict, findings: guard.Findings) -> guard.Declared:
+def _declared(said: dict, findings: guard.Findings) -> guard.Declared:
     for name, allowed in FIXED.items():
-        value = settings.get(name, allowed[0])
+        value = said.get(name, allowed[0])
         if value not in allowed:
-            findings.fatal(f"config.json: {name} is {value!r}; only {allowed[0]!r} is Llama 2")
-    rope = settings.get("rope_parameters") or {}
-    guard.check_numbers(rope, {"rope_theta"}, Path("rope_parameters in config.json"))
+            only = " or ".join(map(repr, allowed))
+            findings.fatal(f"config.json: {name} is {value!r}; only {only} is Llama 2")
+    rope = said.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: rope_parameters is {rope!r}, which is no JSON object")
+    settings.check_numbers(rope, {"rope_theta"}, Path("rope_parameters in config.json"))
     if rope.get("rope_type", "default") != "default":
         findings.fatal(f"config.json: rope_type {rope['rope_type']!r} is not Llama 2's")
-    theta = rope.get("rope_theta", settings.get("rope_theta"))
-    if None not in (settings.get("rope_theta"), theta) and settings["rope_theta"] != theta:
+    theta = rope.get("rope_theta", said.get("rope_theta"))
+    if None not in (said.get("rope_theta"), theta) and said["rope_theta"] != theta:
         findings.wrong(
             "rope_theta",
-            f"config.json names two bases: rope_theta {settings['rope_theta']:g} and "
+            f"config.json names two bases: rope_theta {said['rope_theta']:g} and "
             f"rope_parameters {theta:g}",
         )
-    dim, heads = settings.get("hidden_size"), settings.get("num_attention_heads")
-    width = settings.get("head_dim")
+    dim, heads = said.get("hidden_size"), said.get("num_attention_heads")
+    width = said.get("head_dim")
     if None not in (dim, heads, width) and width * heads != dim:
         findings.fatal(f"config.json: head_dim {width} is not hidden_size {dim} / {heads} heads")
     return guard.Declared(
         dim=dim,
-        num_layers=settings.get("num_hidden_layers"),
+        num_layers=said.get("num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=settings.get("num_key_value_heads"),
-        ffn_dim=settings.get("intermediate_size"),
-        vocab_size=settings.get("vocab_size"),
+        num_kv_heads=said.get("num_key_value_heads"),
+        ffn_dim=said.get("intermediate_size"),
+        vocab_size=said.get("vocab_size"),
         rope_theta=None if theta is None else float(theta),
-        max_seq_len=settings.get("max_position_embeddings"),
-        norm_eps=settings.get("rms_norm_eps"),
-        tied_embeddings=settings.get("tie_word_embeddings", False),
+        max_seq_len=said.get("max_position_embeddings"),
+        norm_eps=said.get("rms_norm_eps"),
+        tied_embeddings=said.get("tie_word_embeddings", False),
         default_eps=1e-6,
     )
 
@@ -143,7 +156,7 @@ def write(weights: Weights, folder: Path, shard_bytes: int = 5_000_000_000) -> N
     A tensor that is larger has a file of its own. Hugging Face's tokenizer files are copied, or
     made from tokenizer.model where there are none.
     """
-    copy_tokenizer(weights, folder)
+    copy_tokenizer(weights.tokenizer, folder)
     if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
         hf_tokenizer.write(folder / "tokenizer.model", folder)
     shards = _plan(weights, shard_bytes)

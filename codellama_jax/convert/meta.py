@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from codellama_jax import config
-from codellama_jax.convert import guard, memory, proof, pth, table
-from codellama_jax.convert.weights import Weights, copy_tokenizer, stream
+from codellama_jax.convert import guard, memory, proof, pth, settings, table
+from codellama_jax.convert.weights import Weights, copy_tokenizer, stream, tokenizer_files
 
 PARAMS = {  # what Meta's reference code accepts, and what of it says something about the model
     "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier",
@@ -39,6 +39,7 @@ def read(folder: Path, findings: guard.Findings) -> Weights:
     for name, (hf, row) in meta_to_hf.items():
         shapes[hf] = _whole_shape([shard[name] for shard in shards], name, row, findings)
     _check_head_width(shards[0], declared, findings)
+    _check_number(shards, findings)
     findings.settle()
     known = proof.read(folder)
     model = guard.settle(declared, shapes, findings, known.model if known else None)
@@ -112,8 +113,20 @@ def _whole_shape(parts, name, row, findings) -> tuple[int, ...]:
 
 
 def _check_copies(shards: list[dict[str, pth.Entry]], findings: guard.Findings) -> None:
-    """Shards of two models (of Code Llama and its Instruct, say) differ in their norms."""
-    names = [n for n, (_, row) in _names(shards[0]).items() if row and row.split is None]
+    """Shards of two models (of Code Llama and its Instruct, say) differ in their norms.
+
+    And no two shards hold the same part of a matrix.
+    """
+    rows = {name: row for name, (_, row) in _names(shards[0]).items() if row}
+    matrix = next(name for name, row in rows.items() if row.ours == "layers.attention.wk")
+    digests = [hashlib.sha256(shard[matrix].array().tobytes()).digest() for shard in shards]
+    for i, digest in enumerate(digests):
+        if digest in digests[:i]:
+            first = digests.index(digest)
+            findings.wrong(
+                "copies", f"consolidated.{i:02d}.pth is a copy of consolidated.{first:02d}.pth"
+            )
+    names = [name for name, row in rows.items() if row.split is None]
     for i, shard in enumerate(shards[1:], 1):
         for name in names:
             if shard[name].array().tobytes() != shards[0][name].array().tobytes():
@@ -123,6 +136,19 @@ def _check_copies(shards: list[dict[str, pth.Entry]], findings: guard.Findings) 
                     "are the shards of one model?",
                 )
                 return
+
+
+def _check_number(shards: list[dict[str, pth.Entry]], findings: guard.Findings) -> None:
+    """Norms are whole in each shard, and so tell how wide all shards together must be."""
+    norm, part = (shards[0].get(name) for name in ("norm.weight", "tok_embeddings.weight"))
+    if norm is None or part is None or len(norm.shape) != 1 or len(part.shape) != 2:
+        return  # found wrong elsewhere
+    wanted, found = norm.shape[0], part.shape[1] * len(shards)
+    if wanted != found:
+        findings.fatal(
+            f"the {len(shards)} shards make a width of {found:,}, but norm.weight has {wanted:,}; "
+            "is a shard missing?"
+        )
 
 
 def _check_head_width(shard, declared: guard.Declared, findings: guard.Findings) -> None:
@@ -139,8 +165,8 @@ def _check_head_width(shard, declared: guard.Declared, findings: guard.Findings)
 
 
 def _declared(path: Path, findings: guard.Findings) -> guard.Declared:
-    params = read_json(path)
-    guard.check_numbers(params, PARAMS, path)
+    params = settings.read(path)
+    settings.check_numbers(params, PARAMS, path)
     unknown = sorted(set(params) - PARAMS)
     if unknown:
         findings.wrong("extra", f"{path.name} has settings no Llama 2 has: {', '.join(unknown)}")
@@ -160,21 +186,6 @@ def _declared(path: Path, findings: guard.Findings) -> guard.Declared:
     )
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises ValueError, with what was there instead."""
-    try:
-        text = path.read_text(errors="replace")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        content = json.loads(text)
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object; it begins {text[:40]!r}")
-    return content
-
-
 def ffn_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
     """Meta's rule: two thirds of 4 dim, times the multiplier, up to a multiple."""
     hidden = int(2 * (4 * dim) / 3)
@@ -184,9 +195,12 @@ def ffn_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
 
 
 def _tokenizer(folder: Path) -> tuple[Path, ...]:
-    """tokenizer.model in the folder, or above it, where Llama 2's download puts it."""
+    """tokenizer.model in the folder, or above it, where Llama 2's download puts it.
+
+    A model that has none, which Meta's never are, keeps the files it came with.
+    """
     places = (folder / "tokenizer.model", folder.parent / "tokenizer.model")
-    return tuple(path for path in places if path.exists())[:1]
+    return tuple(path for path in places if path.exists())[:1] or tokenizer_files(folder)
 
 
 def check_checklist(folder: Path, findings: guard.Findings) -> None:
@@ -194,10 +208,14 @@ def check_checklist(folder: Path, findings: guard.Findings) -> None:
     path = folder / "checklist.chk"
     if not path.exists():
         return
-    for line in path.read_text(errors="replace").splitlines():
-        md5, _, name = line.strip().partition(" ")
-        file = folder / name.strip(" *")
-        if not name or "/" in name or not file.is_file():
+    lines = [line.split(maxsplit=1) for line in path.read_text(errors="replace").splitlines()]
+    named = {line[1].lstrip("*"): line[0] for line in lines if len(line) == 2}
+    for shard in _shard_paths(folder):
+        if shard.name not in named:
+            findings.wrong("checklist", f"checklist.chk does not name {shard.name}")
+    for name, md5 in named.items():
+        file = folder / name
+        if "/" in name or not file.is_file():
             continue
         with open(file, "rb") as stream_:
             if hashlib.file_digest(stream_, "md5").hexdigest() != md5:
@@ -215,7 +233,8 @@ def write(weights: Weights, folder: Path, shards: int = 1) -> None:
     model = weights.model
     lengths = table.sizes(model)
     check_shards(model, shards)
-    copy_tokenizer(weights, folder)
+    models = tuple(path for path in weights.tokenizer if path.suffix == ".model")
+    copy_tokenizer(models or weights.tokenizer, folder)
     plan = [
         (t.meta, _part_shape(table.shape(t.row.meta_axes, lengths), t.row.split, shards))
         for t in weights.order()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from codellama_jax import config, tokenizer, tokenizer_json
-from codellama_jax.convert import guard, memory, proof, table
+from codellama_jax.convert import guard, memory, official, proof, settings, table
 from codellama_jax.convert.weights import Weights, copy_tokenizer, dtype, stream, tokenizer_files
 
 CHUNK_BYTES = 32 << 20  # of a chunk, at most, where the width divides so far
@@ -26,15 +26,7 @@ ZARR_DTYPES = {"bfloat16": "bfloat16", "float16": "<f2", "float32": "<f4"}
 def read(folder: Path, findings: guard.Findings) -> Weights:
     """The weights of a checkpoint, or of the newest step in a stage's folder."""
     step = find(folder)
-    try:
-        recipe = json.loads((step / "recipe" / "metadata").read_text())
-        model = config.from_json(config.Model, recipe["model"])
-    except OSError as error:
-        raise ValueError(
-            f"{step} has no recipe, which names its model ({error.strerror})"
-        ) from None
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{step / 'recipe'} does not name its model ({error!r})") from None
+    model = _model(step / "recipe" / "metadata")
     arrays = {row.ours: _open(step / "params", row, model) for row in table.rows(model)}
     kinds = {str(array.dtype.numpy_dtype) for array in arrays.values()}
     if len(kinds) > 1:
@@ -50,7 +42,20 @@ def read(folder: Path, findings: guard.Findings) -> Weights:
     files = tokenizer_files(step.parent)
     weights = Weights(model, kind, reader, files, layers_together=together)
     known = proof.read(step.parent) if step.name == "0" else None
+    if known is not None and known.model != model:
+        about = official.describe(known.model)
+        findings.wrong("checksums", f"the checksum table is of another model: {about}")
+        findings.settle()
     return proof.checked(weights, known, findings)
+
+
+def _model(recipe: Path) -> config.Model:
+    """The model that a recipe names."""
+    content = settings.read(recipe)
+    try:
+        return config.from_json(config.Model, content["model"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{recipe} does not name its model ({error!r})") from None
 
 
 def _reader(arrays: dict, model: config.Model):
@@ -133,12 +138,7 @@ def _open(params: Path, row: table.Row, model: config.Model):
     """The stacked array of `row`, as a TensorStore that reads what it is asked for."""
     import tensorstore
 
-    try:
-        about = json.loads((params / "_METADATA").read_text())
-    except OSError as error:
-        raise ValueError(f"{params} is not Orbax's: no _METADATA ({error.strerror})") from None
-    except ValueError as error:
-        raise ValueError(f"{params / '_METADATA'} is damaged ({error})") from None
+    about = settings.read(params / "_METADATA")
     store: dict[str, Any] = {"driver": "file", "path": f"{params.resolve()}/{row.ours}/"}
     if about.get("use_ocdbt"):
         base = f"file://{params.resolve()}/"
@@ -166,7 +166,7 @@ def _open(params: Path, row: table.Row, model: config.Model):
 def write(weights: Weights, folder: Path) -> None:
     """Writes `weights` into the empty `folder` as step 0 of a stage of that name."""
     model = weights.model
-    copy_tokenizer(weights, folder)
+    copy_tokenizer(weights.tokenizer, folder)
     step = folder / "0"
     (step / "params").mkdir(parents=True)
     for row in table.rows(model):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from codellama_jax import config
-from codellama_jax.convert import guard, memory, table
+from codellama_jax.convert import guard, memory, settings, table
 from codellama_jax.convert import weights as weights_
 from codellama_jax.convert.weights import Weights, stream
 
@@ -49,7 +49,7 @@ def read(folder: Path) -> Checksums | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text())
+        content = settings.parse(path.read_text())
         if content["format"] == FORMAT:
             model = config.from_json(config.Model, content["model"])
             return Checksums(model, content["dtype"], dict(content["tensors"]))
@@ -61,10 +61,10 @@ def read(folder: Path) -> Checksums | None:
 
 
 def digest(array: np.ndarray) -> str:
-    return inspect(array)[0]
+    return examine(array)[0]
 
 
-def inspect(array: np.ndarray) -> tuple[str, bool]:
+def examine(array: np.ndarray) -> tuple[str, bool]:
     """(SHA-256, whether an element is NaN or infinite), in one walk over the memory."""
     sha, nonfinite = hashlib.sha256(), False
     for block in memory.blocks(array):
@@ -76,13 +76,18 @@ def inspect(array: np.ndarray) -> tuple[str, bool]:
 def checked(weights: Weights, expected: Checksums | None, findings: guard.Findings) -> Weights:
     """The same weights; reading a NaN, or a tensor that `expected` does not know, is refused."""
     sums: dict[str, str] = {}
+    if expected is not None and expected.dtype != str(weights.dtype):
+        findings.wrong(
+            "checksums", f"{NAME} is of {expected.dtype} weights, these are {weights.dtype}"
+        )
+        findings.settle()
 
     def read_tensor(tensor: table.Tensor) -> np.ndarray:
         array = weights.read(tensor)
         if expected is None:
             nonfinite = guard.has_nonfinite(array)
         else:
-            sums[tensor.hf], nonfinite = inspect(array)
+            sums[tensor.hf], nonfinite = examine(array)
         if nonfinite:
             findings.wrong("nonfinite", f"{tensor.hf} has NaN or infinite elements")
         if expected is not None and sums[tensor.hf] != expected.tensors.get(tensor.hf):

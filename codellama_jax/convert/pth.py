@@ -75,9 +75,11 @@ def _index(path: Path, archive: zipfile.ZipFile) -> dict[str, Entry]:
     if name is None:
         raise ValueError(f"{path} is a zip archive but not a PyTorch file: it has no data.pkl")
     root = name.removesuffix("data.pkl")
-    order = archive.read(f"{root}byteorder") if f"{root}byteorder" in members else b"little"
-    if order != b"little":
-        raise ValueError(f"{path} was written on a machine with byte order {order!r}; use little")
+    if f"{root}byteorder" in members:
+        with archive.open(f"{root}byteorder") as stream:
+            order = stream.read(16)
+        if order != b"little":
+            raise ValueError(f"{path} has weights of byte order {order!r}; only b'little' is read")
     content = _load(path, archive, members[name])
     if not isinstance(content, dict) or not all(isinstance(t, _Lazy) for t in content.values()):
         raise ValueError(f"{path} holds something else than a dict of tensors")
@@ -108,8 +110,10 @@ def _entry(path: Path, file, members: dict, root: str, tensor: "_Lazy") -> Entry
         and len(tensor.shape) == len(tensor.strides)
         and (tensor.offset + _span(tensor.shape, tensor.strides)) * size <= info.file_size
     )
-    if not inside or info.compress_type != zipfile.ZIP_STORED:
+    if not inside:
         raise ValueError(f"{path}: a tensor reaches outside its storage {tensor.key}")
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{path}: storage {tensor.key} is compressed, as torch.save never does")
     file.seek(info.header_offset)
     header = file.read(30)
     if header[:4] != b"PK\x03\x04":

@@ -65,6 +65,7 @@ def convert(
     (kind, folder), (to, dst) = source, destination
     _check_options(kind, to, shards, shard_bytes, tokenizer)
     _check_kind(kind, Path(folder))
+    _check_free(Path(dst))
     findings = guard.Findings(tuple(allow), say)
     weights = FORMATS[kind].read(Path(folder), findings)
     say(f"source: {official.describe(weights.model)}, {weights.dtype}")
@@ -180,8 +181,8 @@ def _to_stderr(line: str) -> None:
 
 def _check_options(kind: str, to: str, shards: int, shard_bytes: int, tokenizer) -> None:
     """Raises ValueError for a format there is not, and an option that the other has no use for."""
-    if tokenizer is not None and not Path(tokenizer).is_file():
-        raise ValueError(f"there is no file {tokenizer}; give the path of a tokenizer.model")
+    if tokenizer is not None and vocabulary.size((Path(tokenizer),)) is None:
+        raise ValueError(f"{tokenizer} is no tokenizer; give the path of a tokenizer.model")
     if shard_bytes <= 0:
         raise ValueError(f"shard_bytes={shard_bytes} must be above 0")
     for name in (kind, to):
@@ -200,6 +201,12 @@ def _check_kind(kind: str, folder: Path) -> None:
     found = [other for other, name in MARKS.items() if (folder / name).exists()]
     if found and kind not in found:
         raise ValueError(f"{folder} holds weights in the format {found[0]!r}, not {kind!r}")
+
+
+def _check_free(dst: Path) -> None:
+    """Raises ValueError if something is at `dst` that writing would replace."""
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise ValueError(f"{dst.absolute()} exists already; name a new folder, or remove it first")
 
 
 def _grown(weights: Weights, add_pieces: bool, folder: Path, say: Callable) -> Weights:
@@ -226,7 +233,9 @@ def _rounded(weights: Weights, dtype: str | None, findings: guard.Findings) -> W
 def _check_tokenizer(weights: Weights, findings: guard.Findings) -> None:
     size = vocabulary.size(weights.tokenizer)
     if size is None:
-        findings.say("no tokenizer found, and none written")
+        findings.say(
+            "no tokenizer lies beside these weights, so none is written; --tokenizer adds one"
+        )
     else:
         guard.check_tokenizer(size, weights.model, findings)
     findings.settle()
@@ -273,8 +282,7 @@ def new_folder(dst: Path, nbytes: int) -> Iterator[Path]:
     Raises ValueError if `dst` is there already, or if the disk has not `nbytes` left.
     """
     dst = dst.absolute()
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise ValueError(f"{dst} exists already; name a new folder, or remove it first")
+    _check_free(dst)
     partial = dst.with_name(f"{dst.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:

@@ -16,7 +16,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from codellama_jax.convert import memory
+from codellama_jax.convert import memory, settings
 from codellama_jax.convert.pth import Entry
 
 DTYPES = {
@@ -43,7 +43,7 @@ def index(path: Path) -> dict[str, Entry]:
                 "or a broken download?"
             )
         try:
-            header = json.loads(file.read(length))
+            header = settings.parse(file.read(length))
         except ValueError:
             raise ValueError(f"{path} is not a safetensors file: no JSON header") from None
     header.pop("__metadata__", None)
@@ -61,13 +61,16 @@ def index(path: Path) -> dict[str, Entry]:
 
 def _entry(path: Path, name: str, value: dict, start: int) -> Entry:
     try:
-        shape = tuple(int(n) for n in value["shape"])
-        begin, end = value["data_offsets"]
-        kind = value["dtype"]
+        shape, (begin, end), kind = value["shape"], value["data_offsets"], value["dtype"]
+        known = kind in DTYPES
+        plain = all(type(n) is int for n in (begin, end, *shape))
     except (TypeError, KeyError, ValueError):
-        raise ValueError(f"{path}: the header's entry for {name} is not a tensor's") from None
-    if kind not in DTYPES:
+        plain = False
+    if not plain:
+        raise ValueError(f"{path}: the header's entry for {name} is not a tensor's")
+    if not known:
         raise ValueError(f"{path}: {name} is {kind}; only {', '.join(DTYPES)} are weights here")
+    shape = tuple(shape)
     if end - begin != math.prod(shape) * DTYPES[kind].itemsize or min(shape, default=0) < 0:
         raise ValueError(f"{path}: {name} of shape {shape} does not fill bytes {begin}..{end}")
     strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))

@@ -77,9 +77,9 @@ def tokenizer_files(folder: Path) -> tuple[Path, ...]:
     return tuple(folder / name for name in TOKENIZER_FILES if (folder / name).exists())
 
 
-def copy_tokenizer(weights: Weights, folder: Path) -> None:
-    """Puts the tokenizer's files into `folder`, a SentencePiece model as tokenizer.model."""
-    for path in weights.tokenizer:
+def copy_tokenizer(files: tuple[Path, ...], folder: Path) -> None:
+    """Puts a tokenizer's files into `folder`, a SentencePiece model as tokenizer.model."""
+    for path in files:
         name = "tokenizer.model" if path.suffix == ".model" else path.name
         shutil.copyfile(path, folder / name)
 
