@@ -139,6 +139,8 @@ def test_metas_folder_has_tokenizer_model_alone(nano, tmp_path):
     write(tmp_path / "a", "hf", replace(GQA, vocab_size=size))
     convert.convert(("hf", tmp_path / "a"), ("hf", tmp_path / "b"), tokenizer=nano, say=quiet)
     assert (tmp_path / "b/tokenizer.json").exists()
+    settings = json.loads((tmp_path / "b/tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
     convert.convert(("hf", tmp_path / "b"), ("meta", tmp_path / "c"), say=quiet)
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
         "checklist.chk", "checksums.json", "consolidated.00.pth", "params.json", "tokenizer.model",

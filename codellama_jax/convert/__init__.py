@@ -7,7 +7,7 @@ meta, huggingface, orbax    the three folder formats
 hf_tokenizer  tokenizer.json from a SentencePiece model
 settings      JSON beside weights, read as what may be anything
 guard         which official model this is, and what is wrong with it
-memory        of tensors, used again and again
+blocks        a tensor's bytes in pieces that fit the cache
 proof         SHA-256 sums beside the weights
 run           convert(), and the two ways between a folder and memory
 """

@@ -27,10 +27,10 @@ CHECKS = {
     "norm_eps": "a norm epsilon that is missing or not the official model's",
     "tokenizer": "a tokenizer whose size is not the vocabulary's",
     "extra": "tensors or settings that no Llama 2 has",
-    "copies": "copies of one tensor in several shards that differ",
+    "copies": "copies of one tensor that differ among shards, or shards that are one another's",
     "nonfinite": "NaN or infinity among the weights",
-    "checksums": "tensors that are not those the checksum table beside them names",
-    "checklist": "files that are not those checklist.chk names",
+    "checksums": "tensors or a model that are not those the checksum table beside them names",
+    "checklist": "files that are not those checklist.chk names, or that it leaves out",
 }
 
 

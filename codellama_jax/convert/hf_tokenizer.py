@@ -40,6 +40,7 @@ def write(model: Path, folder: Path) -> None:
         "eos_token": pieces[2].text,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],  # what version 4's generate() takes
         "chat_template": STEP_CHAT if STEP_PIECE in {p.text for p in pieces} else INST_CHAT,
     }
     text = json.dumps(settings, indent=2, ensure_ascii=False)

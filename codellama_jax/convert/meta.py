@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from codellama_jax import config
-from codellama_jax.convert import guard, memory, proof, pth, settings, table
+from codellama_jax.convert import guard, proof, pth, settings, table
 from codellama_jax.convert.weights import Weights, copy_tokenizer, stream, tokenizer_files
 
 PARAMS = {  # what Meta's reference code accepts, and what of it says something about the model
@@ -64,7 +64,7 @@ def _joined(parts: list[np.ndarray], axis: int) -> np.ndarray:
     if len(parts) == 1:
         return parts[0]
     shape = [n * len(parts) if i == axis else n for i, n in enumerate(parts[0].shape)]
-    whole = memory.empty(tuple(shape), parts[0].dtype)
+    whole = np.empty(tuple(shape), parts[0].dtype)
     bits = f"u{whole.itemsize}"
     for part, place in zip(parts, np.split(whole, len(parts), axis), strict=True):
         np.copyto(place.view(bits), part.view(bits))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from codellama_jax import config, tokenizer, tokenizer_json
-from codellama_jax.convert import guard, memory, official, proof, settings, table
+from codellama_jax.convert import blocks, guard, official, proof, settings, table
 from codellama_jax.convert.weights import Weights, copy_tokenizer, dtype, stream, tokenizer_files
 
 CHUNK_BYTES = 32 << 20  # of a chunk, at most, where the width divides so far
@@ -97,7 +97,7 @@ def _mapped(params: Path, model: config.Model, kind: np.dtype):
         slices = [_map(params / row.ours / name, kind, shape) for name in names]
         if number == 1:
             return table.rearrange(slices[0], row.ours_axes, row.hf_axes, lengths)
-        whole = memory.empty(table.shape(row.hf_axes, lengths), kind)
+        whole = np.empty(table.shape(row.hf_axes, lengths), kind)
         places = np.split(whole, number, axis=0 if row.hf_axes.startswith("D") else 1)
         part = lengths | {"D": model.dim // number}
         for x, place in zip(slices, places, strict=True):
@@ -214,7 +214,7 @@ def _write_chunks(folder: Path, tensor: table.Tensor, array: np.ndarray) -> None
     names = _chunk_names(tensor, axis, number, array.ndim)
     for name, part in zip(names, np.split(array, number, axis=axis), strict=True):
         with open(folder / name, "wb") as file:
-            for block in memory.blocks(part):
+            for block in blocks.of(part):
                 file.write(block)
 
 

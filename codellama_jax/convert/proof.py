@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from codellama_jax import config
-from codellama_jax.convert import guard, memory, settings, table
+from codellama_jax.convert import blocks, guard, settings, table
 from codellama_jax.convert import weights as weights_
 from codellama_jax.convert.weights import Weights, stream
 
@@ -67,7 +67,7 @@ def digest(array: np.ndarray) -> str:
 def examine(array: np.ndarray) -> tuple[str, bool]:
     """(SHA-256, whether an element is NaN or infinite), in one walk over the memory."""
     sha, nonfinite = hashlib.sha256(), False
-    for block in memory.blocks(array):
+    for block in blocks.of(array):
         sha.update(block)
         nonfinite = nonfinite or guard.has_nonfinite(block.view(array.dtype))
     return sha.hexdigest(), nonfinite

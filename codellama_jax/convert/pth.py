@@ -20,7 +20,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from codellama_jax.convert import memory
+from codellama_jax.convert import blocks
 
 STORAGES = {
     "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
@@ -192,7 +192,7 @@ class Writer:
         name, shape = self.plan[self.added]
         assert array.shape == shape and array.dtype == self.dtype, (name, array.shape, shape)
         self.file.wait()
-        self._member(f"data/{self.added}", array.nbytes, memory.blocks(array))
+        self._member(f"data/{self.added}", array.nbytes, blocks.of(array))
         self.added += 1
 
     def __enter__(self):

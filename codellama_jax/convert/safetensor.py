@@ -16,7 +16,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from codellama_jax.convert import memory, settings
+from codellama_jax.convert import blocks, settings
 from codellama_jax.convert.pth import Entry
 
 DTYPES = {
@@ -99,7 +99,7 @@ class Writer:
     def add(self, array: np.ndarray) -> None:
         name, shape = self.plan[self.added]
         assert array.shape == shape and array.dtype == self.dtype, (name, array.shape, shape)
-        for block in memory.blocks(array):
+        for block in blocks.of(array):
             self.file.write(block)
         self.added += 1
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from codellama_jax import config
-from codellama_jax.convert import memory
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def rearrange(
     if axes == to and out is None:
         return x
     if out is None:
-        out = memory.empty(shape(to, lengths), x.dtype)
+        out = np.empty(shape(to, lengths), x.dtype)
     source = [a for group in _groups(axes) for a in group]
     target = [a for group in _groups(to) for a in group]
     # The target order is turned, like a wheel, until it ends in the source's last axis: that far

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from codellama_jax import config
-from codellama_jax.convert import memory, table
+from codellama_jax.convert import table
 
 READERS = min(8, os.cpu_count() or 1)  # threads
 DTYPES = {
@@ -100,7 +100,7 @@ def stream(weights: Weights, to: str = "hf_axes") -> Iterator[tuple[table.Tensor
     coming: deque[tuple[table.Tensor, Future]] = deque()
     ahead = 0  # bytes
     threads = 1 if weights.layers_together else READERS
-    with memory.kept(), ThreadPoolExecutor(threads) as readers:
+    with ThreadPoolExecutor(threads) as readers:
         try:
             for tensor in order:
                 while len(coming) > 1 and ahead + weights.size(tensor) > most:

@@ -1,50 +1,20 @@
-"""Memory that goes from tensor to tensor, and never from under one."""
+"""Tensors in pieces: blocks that are hashed and written, and slices of a layer in several files."""
 
-import ml_dtypes
 import numpy as np
 import pytest
 from convert_fixture import GQA, assert_same_bits, random_params, write
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from codellama_jax import convert
-from codellama_jax.convert import memory, orbax, table
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 3), st.booleans()), max_size=12))
-def test_arrays_that_live_never_share_memory(steps):
-    alive = []
-    with memory.kept():
-        for number, (size, drop) in enumerate(steps):
-            array = memory.empty((size << 18, 2), np.dtype(ml_dtypes.bfloat16))
-            array.view(np.uint16)[:] = number
-            alive.append((number, array[1:].T))  # a view keeps the memory as the array does
-            del array
-            if drop:
-                alive.pop(0)
-        assert all((view.view(np.uint16) == number).all() for number, view in alive)
-
-
-def test_memory_is_used_again_while_tensors_stream_and_let_go_after():
-    with memory.kept():
-        first = memory.empty((1 << 21,), np.dtype(np.uint8)).ctypes.data
-        again = memory.empty((1 << 20,), np.dtype(np.uint8))
-        assert again.ctypes.data == first
-        del again
-    assert not memory._idle
-    kept = memory.empty((1 << 21,), np.dtype(np.uint8))
-    del kept
-    assert not memory._idle
+from codellama_jax.convert import blocks, orbax, table
 
 
 @pytest.mark.parametrize("axes", ["rows", "columns"])
 def test_blocks_are_the_bytes_in_order(axes):
     x = np.arange(3 << 19, dtype=np.float32).reshape(1 << 9, -1)
     x = x[:, 5:-7] if axes == "columns" else x
-    blocks = list(memory.blocks(x))
-    assert len(blocks) > 2 and max(block.nbytes for block in blocks) <= memory.BLOCK
-    assert b"".join(block.tobytes() for block in blocks) == x.tobytes()
+    pieces = list(blocks.of(x))
+    assert len(pieces) > 2 and max(piece.nbytes for piece in pieces) <= blocks.SIZE
+    assert b"".join(piece.tobytes() for piece in pieces) == x.tobytes()
 
 
 @pytest.mark.parametrize("row", table.TABLE, ids=lambda row: row.ours)
