@@ -17,7 +17,8 @@ from jax.sharding import NamedSharding
 from codellama_jax import config, sharding
 
 QUERY_BLOCK = 128  # of the plain XLA form
-SPLASH_BLOCK = 1_024  # the largest that fits the VMEM of every TPU (kernels.py has the cycles)
+SPLASH_BLOCK = 1_024  # queries, and keys, of a block: the fastest on every TPU (kernels.py)
+SPLASH_KEYS = 512  # of them at a time in the forward kernel
 SPLASH_LANES = 128  # rows are padded to whole blocks, shorter rows to a multiple of this
 
 
@@ -157,8 +158,9 @@ def _splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, context):
     split = 1 if mesh.empty or context == 1 else mesh.shape["context"]
     device = None if mesh.empty else mesh.abstract_device  # programs for TPUs are made on CPUs, too
     platform = jax.default_backend() if mesh.empty else device and device.platform
-    heads = q_BTNH.shape[2] // (1 if mesh.empty else mesh.shape["tensor"])
-    attend = _splash_kernel(q_BTNH.shape[1], heads, context, split, platform == "cpu")
+    group = q_BTNH.shape[2] // k_BSKH.shape[2]
+    length, interpret = q_BTNH.shape[1], platform == "cpu"
+    attend = splash_kernel(length, splash_block(length, context), group, context, split, interpret)
     if mesh.empty:
         return _splash_local(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT, context=context)
     queries = "queries" if split > 1 else None
@@ -177,26 +179,28 @@ def _splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, context):
     return local(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT)
 
 
-def _splash_kernel(length, heads, context, split, interpret):
-    """The kernel for rows of `length` in the order of sharding.balance, and what its mask says of
-    the blocks; `split` devices take a part of the queries each."""
+def splash_kernel(length, block, group, context=1, split=1, interpret=False):
+    """The kernel for the `group` heads that share a key, over rows of `length` in the order of
+    sharding.balance, and what its mask says of the blocks; `split` devices take a part of the
+    queries each."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as splash,
     )
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 
-    block = splash_block(length, context)
     T = _padded(length, block)
     mask = splash_attention_mask.CausalMask((T, T))
     mask.q_sequence = sharding.balance(mask.q_sequence, context, axis=0)  # keys: natural order
-    return splash.make_splash_mha(
-        splash_attention_mask.MultiHeadMask([mask] * heads),
+    return splash.make_splash_mqa(
+        splash_attention_mask.MultiHeadMask([mask] * group),
         head_shards=1,
         q_seq_shards=split,
         interpret=interpret,
         residual_checkpoint_name="attention_out",
         block_sizes=splash.BlockSizes(
-            **{name: block for name in ("block_q", "block_kv", "block_kv_compute")},
+            block_q=block,
+            block_kv=block,
+            block_kv_compute=math.gcd(block, SPLASH_KEYS),
             **{name: block for name in ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")},
             **{name: block for name in ("block_q_dq", "block_kv_dq")},
         ),
@@ -242,7 +246,11 @@ def _splash_local(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT, *, context, gathe
             for x in (q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS)
         )
     q_BTNH = (q_BTNH / np.sqrt(H)).astype(q_BTNH.dtype)
-    heads_first = [jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSKH, v_BSKH)]  # [B, heads, T, H]
+    q_BNTH, k_BKSH, v_BKSH = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
+    (B, N, T, _), K = q_BNTH.shape, k_BKSH.shape[1]
+    q_BKGTH = q_BNTH.reshape(B, K, N // K, T, H)
     segments = splash.SegmentIds(q=segments_BT, kv=segments_BS)
-    o_BNTH = jax.vmap(attend)(*heads_first, segments)
+    # rows and keys in parallel: TPUs of two cores share them; within a kernel they would not
+    attend_rows = jax.vmap(jax.vmap(attend, in_axes=(0, 0, 0, None)))
+    o_BNTH = attend_rows(q_BKGTH, k_BKSH, v_BKSH, segments).reshape(B, N, T, H)
     return jnp.swapaxes(o_BNTH, 1, 2)[:, :length]

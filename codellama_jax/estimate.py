@@ -11,6 +11,8 @@ held-out losses, stragglers, clock throttling, contention between collectives, a
 small ones. Nothing ran on a chip.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 from codellama_jax import chips, config, kernels, schedule
@@ -20,7 +22,11 @@ Report = dict[str, Any]
 
 def step_time(stage: config.Stage, where: chips.Slice, facts: Report) -> Report:
     """Seconds of a step and its parts, and what follows from them for the whole stage."""
-    total = seconds_of(stage, where, facts)
+
+    def of_kernel(name: str) -> float:
+        return kernel_seconds(name, stage, where, facts["mesh"])
+
+    total = seconds_of(where, facts, of_kernel)
     tokens = stage.data.batch_tokens
     peak = where.chip.peak_tflops * 1e12 * where.chips
     causal = stage.model.flops_per_token(stage.data.seq_len)
@@ -38,16 +44,18 @@ def step_time(stage: config.Stage, where: chips.Slice, facts: Report) -> Report:
     }
 
 
-def seconds_of(stage: config.Stage, where: chips.Slice, facts: Report) -> dict[str, float]:
-    """compute, kernels, links, exposed (links that nothing hides) and step, in seconds."""
+def seconds_of(
+    where: chips.Slice, facts: Report, of_kernel: Callable[[str], float]
+) -> dict[str, float]:
+    """compute, kernels, links, exposed (links that nothing hides) and step, in seconds.
+
+    of_kernel: those of one call of the kernel of a name.
+    """
     chip = where.chip
     total = dict.fromkeys(("compute", "kernels", "links", "exposed", "step"), 0.0)
     for region in facts["regions"]:
         compute = region["cycles"] / (chip.clock_ghz * 1e9)
-        attention = sum(
-            calls * kernel_seconds(name, stage, where, facts["mesh"])
-            for name, calls in region["kernels"].items()
-        )
+        attention = sum(calls * of_kernel(name) for name, calls in region["kernels"].items())
         hidden = sum(seconds(c, chip) for c in region["collectives"] if c["asynchronous"])
         waited = sum(seconds(c, chip) for c in region["collectives"] if not c["asynchronous"])
         exposed = waited + max(0.0, hidden - compute - attention)
@@ -68,24 +76,29 @@ def binds(total: dict[str, float]) -> str:
 
 
 def kernel_seconds(name: str, stage: config.Stage, where: chips.Slice, mesh: dict) -> float:
-    """Time of one splash call on one device; the name ends with the side of its blocks."""
+    """Time of one splash call on one device; the name ends with the side of its blocks.
+
+    A device's cores share the pairs of a row and a key/value head, whole ones each.
+    """
     from codellama_jax import attention
 
     ways = mesh.get("data", 1) * mesh.get("fsdp", 1)
-    context, length = mesh.get("context", 1), stage.data.seq_len
+    context, length, model = mesh.get("context", 1), stage.data.seq_len, stage.model
     part, (_, _, side) = kernels.part_of(name), name.partition(" ")
     block = int(side)
-    rows = stage.data.rows_per_batch / stage.layout.microbatches / ways
-    heads = stage.model.num_heads / mesh.get("tensor", 1)
+    keys, queries = length / block, length / context / block
     cycles = kernels.cycles(
         part,
         where.chip,
         block,
         blocks=attention.pairs(length, context, block) / block**2,
-        rows=length / context / block,
-        steps=length / context / block * length / block,
+        rows=keys if part == "dkv" else queries,
+        steps=queries * keys,
     )
-    return rows * heads * cycles / (where.chip.clock_ghz * 1e9)
+    rows = stage.data.rows_per_batch / stage.layout.microbatches / ways
+    pairs = rows * model.num_kv_heads / mesh.get("tensor", 1)
+    heads = math.ceil(pairs / where.chip.cores) * model.num_heads / model.num_kv_heads
+    return heads * cycles / (where.chip.clock_ghz * 1e9)
 
 
 # -- links ---------------------------------------------------------------------------------------

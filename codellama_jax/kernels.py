@@ -4,6 +4,8 @@ A kernel runs over a grid of blocks, queries by keys. Its time, in cycles, is
 
     blocks that the mask does not hide * block  +  rows of blocks * row  +  all blocks * step
 
+A row of blocks is one block of keys in the kernel of their gradients, of queries in the others.
+
 Each number is a count of instruction bundles (one a cycle) in the compiler's final schedule, or
 what the matrix units need for the block's products where that is more. Waits for memory are not in
 it. tools/bench_kernels.py compiles the kernels and prints this table.
@@ -22,30 +24,43 @@ class Cycles(NamedTuple):
     """Of one core, for heads of 128."""
 
     block: int  # a block of queries against a block of keys
-    row: int  # the end of a row of blocks
+    row: int  # beginning and ending a row of blocks
     step: int  # every step of the grid, also where the mask hides its block
 
 
 # fmt: off
 SCHEDULED: dict[str, dict[int, dict[str, Cycles]]] = {  # jax 0.10.2, libtpu 0.0.42.1
+    "v4": {
+        512: {"fwd": Cycles(1713, 981, 437), "dq": Cycles(1938, 181, 442),
+              "dkv": Cycles(2691, 373, 564)},
+        1_024: {"fwd": Cycles(7097, 1966, 431), "dq": Cycles(7508, 373, 439),
+                "dkv": Cycles(10558, 757, 571)},
+    },
     "v5e": {
-        512: {"fwd": Cycles(1199, 502, 404), "dq": Cycles(1533, 103, 180),
-              "dkv": Cycles(2044, 202, 275)},
-        1_024: {"fwd": Cycles(4843, 991, 591), "dq": Cycles(6132, 201, 243),
-                "dkv": Cycles(8176, 394, 402)},
+        512: {"fwd": Cycles(1210, 696, 189), "dq": Cycles(1533, 170, 150),
+              "dkv": Cycles(2044, 318, 197)},
+        1_024: {"fwd": Cycles(4512, 1377, 190), "dq": Cycles(6132, 332, 149),
+                "dkv": Cycles(8176, 638, 203)},
     },
     "v5p": {
-        512: {"fwd": Cycles(1179, 506, 659), "dq": Cycles(1535, 103, 262),
-              "dkv": Cycles(2047, 202, 390)},
-        1_024: {"fwd": Cycles(4850, 993, 847), "dq": Cycles(6141, 201, 327),
-                "dkv": Cycles(8188, 394, 516)},
+        512: {"fwd": Cycles(1163, 699, 354), "dq": Cycles(1535, 170, 207),
+              "dkv": Cycles(2047, 289, 273)},
+        1_024: {"fwd": Cycles(4638, 1379, 356), "dq": Cycles(6141, 332, 206),
+                "dkv": Cycles(8188, 635, 269)},
     },
     "v6e": {
-        512: {"fwd": Cycles(945, 248, 355), "dq": Cycles(1095, 56, 161),
-              "dkv": Cycles(1324, 105, 238)},
+        512: {"fwd": Cycles(937, 346, 225), "dq": Cycles(1086, 91, 162),
+              "dkv": Cycles(1320, 157, 222)},
+        1_024: {"fwd": Cycles(3433, 702, 225), "dq": Cycles(4117, 171, 166),
+                "dkv": Cycles(4782, 317, 224)},
+    },
+    "tpu7x": {
+        512: {"fwd": Cycles(932, 325, 157), "dq": Cycles(1052, 78, 162),
+              "dkv": Cycles(1303, 158, 219)},
+        1_024: {"fwd": Cycles(3497, 686, 156), "dq": Cycles(4297, 160, 159),
+                "dkv": Cycles(4374, 318, 219)},
     },
 }
-STAND_INS = {"v4": "v5p", "tpu7x": "v6e"}  # not counted yet: those of a chip with the same units
 # fmt: on
 
 
@@ -59,16 +74,15 @@ def part_of(name: str) -> str:
 def cycles(
     part: str, chip: chips.Chip, size: int, *, blocks: float, rows: float, steps: float
 ) -> float:
-    """Cycles of one head on one device; its cores share the heads.
+    """Cycles of one head on one core.
 
-    Where the table lacks a size of block, those of the nearest count in proportion to its area;
-    where it lacks a chip, those of its stand-in.
+    Where the table lacks a size of block, those of the nearest count in proportion to its area.
     """
-    known = SCHEDULED[STAND_INS.get(chip.name, chip.name)]
+    known = SCHEDULED[chip.name]
     nearest = min(known, key=lambda other: abs(other - size))
     each = known[nearest][part]
     scale = (size / nearest) ** 2
-    return (blocks * each.block * scale + rows * each.row + steps * each.step) / chip.cores
+    return blocks * each.block * scale + rows * each.row + steps * each.step
 
 
 def ideal(part: str, chip: chips.Chip, size: int) -> float:

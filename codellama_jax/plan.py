@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from codellama_jax import arithmetic, chips, config, estimate, whole
+from codellama_jax import arithmetic, chips, compiler_options, config, estimate, whole
 from codellama_jax.config import check
 
 HEADROOM = 0.05  # share of the memory that a layout of a recipe leaves free
@@ -37,7 +37,7 @@ def plan(
     `quick` compiles with least effort, for the bytes: such a report has no times. Raises ValueError
     when the stage does not divide or fit, with what would.
     """
-    facts = compiled(canonical(stage), where, QUICK if quick else {}, cache or cache_folder())
+    facts = compiled(canonical(stage), where, told(where, quick), cache or cache_folder())
     check("too_big" not in facts, too_big(stage, where, facts))
     report = {
         "stage": stage.name,
@@ -55,6 +55,11 @@ def plan(
     if not quick:
         report["time"] = estimate.step_time(stage, where, facts)
     return report
+
+
+def told(where: chips.Slice, quick: bool = False) -> dict:
+    """What the compiler is told: what training tells it, or for bytes only to make no effort."""
+    return QUICK if quick else compiler_options.OF_CHIP[where.chip.name]
 
 
 # -- compiling -----------------------------------------------------------------------------------

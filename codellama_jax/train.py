@@ -10,6 +10,7 @@ from codellama_jax import (
     agreement,
     checkpoint,
     cluster,
+    compiler_options,
     config,
     goodput,
     optim,
@@ -77,7 +78,11 @@ def train(stage: config.Stage, workdir: epath.PathLike) -> state.Params:
         judge = heldout.Judge(stage, corpus_dir, tokenizer, mesh)
 
         # -- loop ----------------------------------------------------------------------------
-        train_step = jax.jit(step.make_train_step(stage, platform), donate_argnums=0)
+        train_step = jax.jit(
+            step.make_train_step(stage, platform),
+            donate_argnums=0,
+            compiler_options=compiler_options.of_device(mesh.devices.flat[0].device_kind),
+        )
         record = opened.enter_context(Record(folder, stage, start, list(mesh.devices.flat)))
         opened.enter_context(jax.set_mesh(mesh))
         signals = opened.enter_context(stop.Signals())

@@ -303,6 +303,19 @@ def test_kernels_take_their_schedule_as_often_as_their_grid_runs():
     assert half == pytest.approx(expected)  # twice the rows, half the heads
 
 
+def test_the_cores_of_a_device_share_pairs_of_a_row_and_a_key_head_but_not_one_of_them():
+    stage, name = code_llama.stages("34b")["code"], "splash_mqa_dkv_segmented_no_residuals 1024"
+    v5p = chips.Slice.parse("v5p:4x4x8")
+
+    def seconds(rows, tensor):
+        made = replace(stage, layout=config.Layout(microbatches=1_024 // (rows * 128 // tensor)))
+        return estimate.kernel_seconds(name, made, v5p, {"fsdp": 128 // tensor, "tensor": tensor})
+
+    assert seconds(2, 1) == 2 * seconds(1, 1)
+    assert seconds(1, 4) == pytest.approx(seconds(1, 1) / 4)  # 2 of 8 key heads: a core each
+    assert seconds(1, 8) == pytest.approx(seconds(1, 4))  # one: the other core waits
+
+
 def test_no_kernel_is_faster_than_the_matrix_units():
     for chip, sizes in kernels.SCHEDULED.items():
         for size, parts in sizes.items():

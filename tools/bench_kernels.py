@@ -3,12 +3,13 @@
     python tools/bench_kernels.py                    the table of codellama_jax/kernels.py
     python tools/bench_kernels.py v5e:512 v6e:1024   these only
 
-libtpu writes the final instruction bundles of every kernel it compiles, one line each, region by
-region of the control flow. The region with the matrix products is a block of queries against a
-block of keys, the one after it the end of a row of blocks; the others are run at every step. Each
-takes ten seconds to a minute of a core.
+libtpu writes the final instruction bundles of every kernel it compiles, one line each. Branches
+skip the pieces that most steps of the grid do not run: with the most matrix products a block of
+queries against a block of keys, the others the beginning and the end of a row of blocks. What no
+branch skips is run at every step. Each takes ten seconds of a core.
 """
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -18,23 +19,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a clone that is not installed
 
-from codellama_jax import chips, kernels
+from codellama_jax import attention, chips, kernels
 
-WANTED = {
-    "v4": (512, 1_024), "v5e": (512, 1_024), "v5p": (512, 1_024), "v6e": (512, 1_024, 2_048),
-    "tpu7x": (512, 1_024, 2_048),
-}  # fmt: skip
+SIZES = (512, 1_024)
 SMALLEST = {2: "2x2", 3: "2x2x1"}  # slices, by the dimensions of the torus
-LENGTH, HEADS, WIDTH = 4_096, 8, 128
+LENGTH, HEADS, WIDTH = 4_096, 2, 128
 BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +([A-Z]{2})?:")
 PRODUCT = re.compile(r"\bvmatmul|\bvmatres|\bvmxu")
+BRANCH = re.compile(r"sbr\.rel \(.*?target = \$region(\d+)")
+TARGET = re.compile(r"empty region (\d+)")
 
 
 def main() -> None:
     if len(sys.argv) == 4 and sys.argv[1] == "--compile":
         compile_one(sys.argv[2], int(sys.argv[3]))
         return
-    asked = sys.argv[1:] or [f"{chip}:{size}" for chip in WANTED for size in WANTED[chip]]
+    asked = sys.argv[1:] or [f"{chip}:{size}" for chip in chips.CHIPS for size in SIZES]
     for chip, size in (text.split(":") for text in asked):
         parts = measured(chip, int(size))
         shown = ", ".join(f'"{name}": {tuple(each)}' for name, each in parts.items())
@@ -56,29 +56,46 @@ def measured(chip: str, size: int) -> dict[str, kernels.Cycles]:
 def read(folder: Path, part: str, chip: chips.Chip, size: int) -> kernels.Cycles:
     found = [
         path
-        for path in folder.glob(f"*splash_mha_{part}*final_bundles.txt")
+        for path in folder.glob(f"*splash_mqa_{part}*final_bundles.txt")
         if "analysis" not in path.name
     ]
     if len(found) != 1:
         raise ValueError(f"{len(found)} schedules of the kernel {part} in {folder}, not one")
-    sizes = regions(found[0].read_text())
-    block = max(range(len(sizes)), key=lambda i: sizes[i][1])
-    row = sizes[block + 1][0]
-    step = sum(bundles for bundles, _ in sizes[1:]) - sizes[block][0] - row
-    return kernels.Cycles(max(sizes[block][0], round(kernels.ideal(part, chip, size))), row, step)
+    _, *loop = pieces(found[0].read_text())  # what is before the loop runs once
+    deepest = max(piece.depth for piece in loop)
+    skipped = [piece for piece in loop if piece.depth == deepest]
+    block = max(skipped, key=lambda piece: piece.products).bundles
+    row = sum(piece.bundles for piece in skipped) - block
+    step = sum(piece.bundles for piece in loop) - block - row
+    return kernels.Cycles(max(block, round(kernels.ideal(part, chip, size))), row, step)
 
 
-def regions(text: str) -> list[list[int]]:
-    """[bundles, matrix products] of each region of a schedule, in its order."""
-    found: list[list[int]] = []
+@dataclasses.dataclass
+class Piece:
+    """Instructions between two branches, or their targets."""
+
+    depth: int  # branches that skip it
+    bundles: int = 0
+    products: int = 0
+
+
+def pieces(text: str) -> list[Piece]:
+    """The pieces of a schedule, in its order."""
+    found, over = [Piece(0)], []
     for line in text.splitlines():
         match = BUNDLE.match(line)
         if match is None:
             continue
-        if match[1] or not found:
-            found.append([0, 0])
-        found[-1][0] += 1
-        found[-1][1] += len(PRODUCT.findall(line))
+        if match[1] == "PF":  # a target: what its branch skips ends here
+            ended = [over.index(region) for region in TARGET.findall(line) if region in over]
+            over = over[: min(ended, default=len(over))]
+        if match[1]:
+            found.append(Piece(len(over)))
+        found[-1].bundles += 1
+        found[-1].products += len(PRODUCT.findall(line))
+        if branch := BRANCH.search(line):
+            over = [*over, branch[1]]
+            found.append(Piece(len(over)))
     return found
 
 
@@ -89,24 +106,18 @@ def compile_one(chip: str, size: int) -> None:
     import jax
     import jax.numpy as jnp
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    attend = splash.make_splash_mha(
-        masks.MultiHeadMask([masks.CausalMask((LENGTH, LENGTH))] * HEADS),
-        head_shards=1,
-        q_seq_shards=1,
-        block_sizes=splash.BlockSizes(**{f"block_{name}": size for name in names}),
-    )
+    attend = jax.vmap(attention.splash_kernel(LENGTH, size, 1), (0, 0, 0, None))
 
-    def total(q_NTH, k_NTH, v_NTH, segments_T):
-        o_NTH = attend(q_NTH, k_NTH, v_NTH, splash.SegmentIds(q=segments_T, kv=segments_T))
-        return jnp.sum(o_NTH.astype(jnp.float32))
+    def total(q_KGTH, k_KTH, v_KTH, segments_T):
+        o_KGTH = attend(q_KGTH, k_KTH, v_KTH, splash.SegmentIds(q=segments_T, kv=segments_T))
+        return jnp.sum(o_KGTH.astype(jnp.float32))
 
     place = jax.sharding.SingleDeviceSharding(device)
-    x_NTH = jax.ShapeDtypeStruct((HEADS, LENGTH, WIDTH), jnp.bfloat16, sharding=place)
+    k_KTH = jax.ShapeDtypeStruct((HEADS, LENGTH, WIDTH), jnp.bfloat16, sharding=place)
+    q_KGTH = jax.ShapeDtypeStruct((HEADS, 1, LENGTH, WIDTH), jnp.bfloat16, sharding=place)
     segments_T = jax.ShapeDtypeStruct((LENGTH,), jnp.int32, sharding=place)
-    jax.jit(jax.grad(total, (0, 1, 2))).lower(x_NTH, x_NTH, x_NTH, segments_T).compile()
+    jax.jit(jax.grad(total, (0, 1, 2))).lower(q_KGTH, k_KTH, k_KTH, segments_T).compile()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,34 @@
+"""What XLA is told beyond its defaults when it compiles a training step, by kind of device.
+
+The options go to `jax.jit(..., compiler_options=...)` of this one program, never into the
+environment, so nothing else on the machine is compiled otherwise. tools/check_options.py compares
+losses and gradients with and without them; docs/pods.md has what each gave, and what gave nothing.
+"""
+
+Options = dict[str, str]
+
+# How much of a chip's vector memory one operation may use; 16 MiB unless told. Matrix products then
+# work on larger tiles and read their operands from HBM less often. Chosen by the compiler's cycles
+# for the cells of docs/pods.md, jax 0.10.2 and libtpu 0.0.42.1. v4 has only 16 MiB.
+VMEM_KIB = "xla_tpu_scoped_vmem_limit_kib"
+
+OF_CHIP: dict[str, Options] = {
+    "v4": {},
+    "v5e": {VMEM_KIB: "32768"},
+    "v5p": {VMEM_KIB: "32768"},
+    "v6e": {VMEM_KIB: "65536"},
+    "tpu7x": {VMEM_KIB: "32768"},
+}
+
+KINDS = {  # as JAX names the devices
+    "TPU v4": "v4",
+    **dict.fromkeys(("TPU v5 lite", "TPU v5e"), "v5e"),
+    **dict.fromkeys(("TPU v5", "TPU v5p"), "v5p"),
+    **dict.fromkeys(("TPU v6 lite", "TPU v6e"), "v6e"),
+    **dict.fromkeys(("TPU7x", "TPU v7x"), "tpu7x"),
+}
+
+
+def of_device(kind: str) -> Options:
+    """The options for devices of a kind (`device.device_kind`); none for other than these TPUs."""
+    return OF_CHIP.get(KINDS.get(kind, ""), {})
