@@ -9,11 +9,10 @@ prompt and its answer lies a gap that no query sees. Positions (RoPE) know no ga
     short row  a  b  .  .  . | c  d          positions 0 1 - - - | 2 3
     long row   e  f  g  h  i | j  k          positions 0 1 2 3 4 | 5 6
 
-Keys and values lie [B, K, S, H]: a head's positions side by side, which a query reads in one pass
-(four times faster on a CPU than [B, S, K, H]). Sizes come in buckets, so shapes recur.
+Sizes come in buckets, so shapes recur.
 
 Axes: B batch  T query position  S cache slot  C slots read or written by one call  N query heads
-      K key/value heads  G = N / K  H head width  D width  V vocab
+      K key/value heads  H head width  D width  V vocab
 """
 
 import functools
@@ -25,10 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from codellama_jax import attention, config, sharding, state
+from codellama_jax import attention, attention_cache, config, sharding, state
 from codellama_jax import model as llama_model
 
 PREFILL_CHUNK = 512  # prompt tokens read at once: bounds the scores to [B, N, 512, S]
+TPU_PREFILL_CHUNK = 2_048  # there the scores never leave the kernel
 DECODE_CHUNK = 16  # most tokens added by one call of decode
 MAX_STOP_IDS = 4
 
@@ -68,6 +68,12 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
+def chunk_of(T: int, platform: str) -> int:
+    """How many of the T tokens of a bucket are read at once."""
+    most = TPU_PREFILL_CHUNK if platform == "tpu" else PREFILL_CHUNK
+    return T if T <= most else math.gcd(T, most)
+
+
 @functools.partial(jax.jit, static_argnames=("model", "room"))
 def prefill(
     params: state.Params,
@@ -84,7 +90,7 @@ def prefill(
     """
     llama = state.bind(model, params)
     B, T = tokens_BT.shape
-    C = min(T, PREFILL_CHUNK)
+    C = chunk_of(T, sharding.platform())
 
     def read(i, carry):
         caches, last_BD = carry
@@ -98,7 +104,7 @@ def prefill(
     start = _empty_caches(model, B, T + room, dtype), jnp.zeros((B, model.dim), dtype)
     num_chunks = (lengths_B.max() + C - 1) // C
     caches, last_BD = jax.lax.fori_loop(0, num_chunks, read, start)
-    return Rows(caches, _logits(llama, last_BD), lengths_B, jnp.int32(0))
+    return Rows(caches, _logits(llama, last_BD[:, None]), lengths_B, jnp.int32(0))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "prompt_room"), donate_argnames="rows")
@@ -122,6 +128,7 @@ def decode(
     llama = state.bind(model, params)
     B, S = rows.lengths_B.shape[0], rows.caches[0].k_BKSH.shape[2]
     slots_1S = jnp.arange(S)[None]
+    idle = 1 if sharding.platform() == "tpu" else 0
 
     def unfinished(carry):
         i, _, done_B, *_ = carry
@@ -140,13 +147,16 @@ def decode(
         positions_B1 = (rows.lengths_B + rows.step)[:, None]
         mask_B1S = (prompt_BS | answer_1S)[:, None]
 
-        def attend(q_B1NH, k_B1KH, v_B1KH, cache):
-            return _attend(q_B1NH, cache, mask_B1S)
+        def attend(q_BTNH, k_BTKH, v_BTKH, cache):
+            return attention_cache.masked(q_BTNH, *cache, mask_B1S)
 
-        x_B1D, caches = _forward(llama, token_B1, positions_B1, rows.caches, slot, attend)
+        # A TPU's compiler gives products of one row to the vector unit, 4 to 20 times slower: a
+        # second row, whose token is of no use, has them computed by the matrix units.
+        token_BT = jnp.pad(token_B1, ((0, 0), (0, idle)))
+        x_BTD, caches = _forward(llama, token_BT, positions_B1, rows.caches, slot, attend, new=1)
         return (
             i + 1,
-            Rows(caches, _logits(llama, x_B1D[:, 0]), rows.lengths_B, rows.step + 1),
+            Rows(caches, _logits(llama, x_BTD), rows.lengths_B, rows.step + 1),
             done_B | jnp.isin(token_B, draw.stop_ids),
             jax.lax.dynamic_update_slice(tokens_BC, token_B1, (0, i)),
             jax.lax.dynamic_update_slice(log_probs_BC, log_prob_B1, (0, i)),
@@ -172,7 +182,7 @@ def logits(params: state.Params, tokens_BT: jax.Array, *, model: config.Model) -
     """float32[B, T, V]: the logits of every position, read as prefill reads; T is a bucket."""
     llama = state.bind(model, params)
     B, T = tokens_BT.shape
-    C = min(T, PREFILL_CHUNK)
+    C = chunk_of(T, sharding.platform())
 
     def read(caches, i):
         x_BCD, caches = _read_chunk(llama, tokens_BT, i * C, C, caches)
@@ -226,27 +236,26 @@ def _read_chunk(llama, tokens_BT, start, C, caches):
     """Reads tokens_BT[:, start : start + C] into the cache; slots are positions here."""
     B, T = tokens_BT.shape
     tokens_BC = jax.lax.dynamic_slice(tokens_BT, (0, start), (B, C))
-    positions_C = start + jnp.arange(C)
-    mask_1CS = (jnp.arange(T)[None] <= positions_C[:, None])[None]
+    positions_BC = jnp.broadcast_to(start + jnp.arange(C), (B, C))
+    kernel = "splash" if sharding.platform() == "tpu" else "xla"
 
     def attend(q_BCNH, k_BCKH, v_BCKH, cache):
         if C == T:  # nothing was read before: a causal row, faster without the cache
-            return attention.attend(q_BCNH, k_BCKH, v_BCKH)
-        return _attend(q_BCNH, cache, mask_1CS)
+            return attention.attend(q_BCNH, k_BCKH, v_BCKH, kernel=kernel)
+        return attention_cache.chunk(q_BCNH, *cache, start, slots=T, kernel=kernel)
 
-    positions_BC = jnp.broadcast_to(positions_C, (B, C))
-    return _forward(llama, tokens_BC, positions_BC, caches, start, attend)
+    return _forward(llama, tokens_BC, positions_BC, caches, start, attend, new=C)
 
 
-def _forward(llama, tokens_BT, positions_BT, caches, slot, attend):
-    """Normalised hidden states x_BTD, and the caches with the new tokens from `slot` on."""
+def _forward(llama, tokens_BT, positions_BT, caches, slot, attend, new):
+    """Normalised hidden states x_BTD, and the caches with the first `new` tokens from `slot` on."""
     x_BTD = llama.tok_embeddings[...][tokens_BT]
     rope = llama_model.rope_table(positions_BT, llama.model)
     new_caches = []
     for block, cache in zip(llama.layers, caches, strict=True):
 
         def write_and_attend(q_BTNH, k_BTKH, v_BTKH, cache=cache):
-            new_caches.append(_write(cache, k_BTKH, v_BTKH, slot))
+            new_caches.append(_write(cache, k_BTKH[:, :new], v_BTKH[:, :new], slot))
             return attend(q_BTNH, k_BTKH, v_BTKH, new_caches[-1])
 
         x_BTD = block(x_BTD, rope, write_and_attend)
@@ -261,27 +270,15 @@ def _write(cache: Cache, k_BTKH, v_BTKH, slot) -> Cache:
     return Cache(put(cache.k_BKSH, k_BTKH), put(cache.v_BKSH, v_BTKH))
 
 
-def _attend(q_BTNH, cache: Cache, mask_BTS):
-    """softmax(q k / sqrt(H)) v over the first slots of the cache, as many as the mask has."""
-    B, T, N, H = q_BTNH.shape
-    S = mask_BTS.shape[-1]
-    k_BKSH, v_BKSH = (x_BKSH[:, :, :S] for x_BKSH in cache)
-    K = k_BKSH.shape[1]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)  # [B, T, N, H] -> [B, T, K, G, H]
-    s_BKGTS = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32)
-    s_BKGTS = jnp.where(mask_BTS[:, None, None], s_BKGTS / math.sqrt(H), -1e30)
-    p_BKGTS = jax.nn.softmax(s_BKGTS, axis=-1).astype(v_BKSH.dtype)
-    return jnp.einsum("BKGTS,BKSH->BTKGH", p_BKGTS, v_BKSH).reshape(B, T, N, H)
-
-
 def _empty_caches(model: config.Model, batch: int, slots: int, dtype) -> list[Cache]:
     """Zeros, not whatever memory holds: 0 times a NaN behind the mask would be a NaN."""
     zeros_BKSH = jnp.zeros((batch, model.num_kv_heads, slots, model.head_dim), dtype)
     return [Cache(_placed(zeros_BKSH), _placed(zeros_BKSH)) for _ in range(model.num_layers)]
 
 
-def _logits(llama, x_BD):
-    return sharding.constrain(llama.logits(x_BD), "batch", None)
+def _logits(llama, x_BTD):
+    """Of the first position, float32[B, V]."""
+    return sharding.constrain(llama.logits(x_BTD)[:, 0], "batch", None)
 
 
 def _placed(x_BKSH):

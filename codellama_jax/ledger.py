@@ -82,8 +82,8 @@ def find(folder: Path, size: str, stage: config.Stage, where: str, layout: confi
 
 # -- reading prompts and generating --------------------------------------------------------------
 SERVED = (
-    *("step_seconds", "memory_seconds", "compute_seconds", "exposed_seconds", "binds"),
-    *("tokens_per_second", "mfu"),
+    *("step_seconds", "memory_seconds", "compute_seconds", "kernels_seconds", "exposed_seconds"),
+    *("binds", "tokens_per_second", "mfu"),
 )
 
 
@@ -119,16 +119,16 @@ def generation_table(rows: list[dict]) -> str:
     """Markdown: one line per program."""
     columns = (
         *("size", "program", "rows x context", "slice", "mesh", "peak GiB (free)"),
-        *("seconds", "memory; compute + exposed", "binds", "tokens/s", "MFU"),
+        *("seconds", "memory; compute + attention + exposed", "binds", "tokens/s", "MFU"),
     )
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
-        compute, exposed = row["compute_seconds"], row["exposed_seconds"]
+        parts = (row[f"{name}_seconds"] for name in ("compute", "kernels", "exposed"))
         shown = (
             *(row["size"], row["program"], f"{row['rows']} x {row['context']:,}"),
             *(row["slice"], row["mesh"], f"{row['peak_gib']:.2f} ({row['headroom']:.0%})"),
             f"{row['step_seconds']:.4g}",
-            f"{row['memory_seconds']:.4g}; {compute:.4g} + {exposed:.4g}",
+            f"{row['memory_seconds']:.4g}; " + " + ".join(f"{seconds:.4g}" for seconds in parts),
             *(row["binds"], f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.1%}"),
         )
         lines.append("| " + " | ".join(shown) + " |")

@@ -6,11 +6,12 @@
 Weights lie split over `tensor`, rows over `data`; nothing is gathered. So a slice has at most
 num_kv_heads devices for a row. The time of a program is the larger of two:
 
-    compute   as for training (estimate.py): the compiler's cycles, and links that nothing hides
+    compute   as for training (estimate.py): the compiler's cycles, the attention kernel's own, and
+              links that nothing hides
     memory    weights and cache once through the chip's memory, for each token or chunk read
 
-Reading takes as many rounds as the prompt has chunks of decode.PREFILL_CHUNK; generating is given
-for one token, a share of a call that adds decode.DECODE_CHUNK.
+Reading takes as many rounds as the prompt has chunks (decode.chunk_of); generating is given for one
+token, a share of a call that adds decode.DECODE_CHUNK.
 """
 
 import gzip
@@ -19,11 +20,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from codellama_jax import arithmetic, chips, config, estimate, plan
+from codellama_jax import arithmetic, chips, config, estimate, kernels, plan
 from codellama_jax.config import check
 
 ANSWER = 512  # tokens that the cache has room for after the prompt
-SOURCES = (*plan.SOURCES, "decode", "plan_decode")
+SOURCES = (*plan.SOURCES, "attention_cache", "decode", "plan_decode")
 
 Report = dict[str, Any]
 
@@ -215,10 +216,14 @@ def _time(name, model, where, batch, context, facts, text) -> Report:
     from codellama_jax import decode
 
     prompt = decode.bucket(context)
-    chunks = -(-context // min(decode.PREFILL_CHUNK, prompt))
+    chunks = -(-context // decode.chunk_of(prompt, "tpu"))
     rounds, share = (chunks, 1) if name == "prefill" else (decode.DECODE_CHUNK,) * 2
     facts = facts | {"regions": estimate.regions(text, facts, where, rounds)}
-    total = estimate.seconds_of(None, where, facts)  # no kernels here, so no stage is needed
+
+    def of_kernel(name: str) -> float:
+        return _reading(model, where, facts["mesh"], batch, context)
+
+    total = estimate.seconds_of(where, facts, of_kernel)
     total = {part: value / share for part, value in total.items()}  # of a call that adds so many
     chip, devices = where.chip, where.chip.devices
     reads = facts["memory"]["arguments"] + _cache_bytes(model, facts["mesh"], batch, prompt, name)
@@ -238,6 +243,31 @@ def _time(name, model, where, batch, context, facts, text) -> Report:
             for row in estimate.collectives(facts, chip)
         ],
     }
+
+
+def _reading(model, where, mesh, batch, context) -> float:
+    """Seconds of one call of the attention kernel, the chunks of a prompt taken together.
+
+    Counted as the forward kernel of training, whose blocks compare segments in addition.
+    """
+    from codellama_jax import attention_cache, decode
+
+    prompt = decode.bucket(context)
+    chunk = decode.chunk_of(prompt, "tpu")
+    queries, keys = attention_cache.blocks(chunk, prompt)
+    read = -(-context // chunk) * chunk
+    ends = range(queries, read + 1, queries)  # of the blocks of queries
+    cycles = kernels.cycles(
+        "fwd",
+        where.chip,
+        1_024,
+        blocks=sum(-(-end // keys) for end in ends) * queries * keys / 1_024**2,
+        rows=read / 1_024,
+        steps=len(ends) * prompt / keys,
+    )
+    pairs = batch * model.num_kv_heads / mesh.get("data", 1) / mesh.get("tensor", 1)
+    heads = math.ceil(pairs / where.chip.cores) * model.num_heads / model.num_kv_heads
+    return heads * cycles / (where.chip.clock_ghz * 1e9) / (read // chunk)
 
 
 def _cache_bytes(model, mesh, batch, prompt, name) -> float:
@@ -270,8 +300,9 @@ def table(reports: dict[str, Report]) -> str:
             time = report["time"]
             lines.append(
                 f"time       {time['step_seconds']:.4f} s = the larger of memory "
-                f"{time['memory_seconds']:.4f} and compute {time['compute_seconds']:.4f} + exposed "
-                f"links {time['exposed_seconds']:.4f}; {time['binds']} binds; "
+                f"{time['memory_seconds']:.4f} and compute {time['compute_seconds']:.4f} + "
+                f"attention {time['kernels_seconds']:.4f} + exposed links "
+                f"{time['exposed_seconds']:.4f}; {time['binds']} binds; "
                 f"{time['tokens_per_second']:,.0f} tokens/s, MFU {time['mfu']:.1%}"
             )
         made = report["compiled"]

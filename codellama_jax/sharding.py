@@ -95,6 +95,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*place))
 
 
+def platform() -> str:
+    """Of the devices that the program being made is for: those for TPUs are made on CPUs, too."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def is_whole() -> bool:
     """Whether arrays lie on one device here, so that merging axes of theirs moves nothing."""
     return math.prod(jax.sharding.get_abstract_mesh().shape.values()) == 1
