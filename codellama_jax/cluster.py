@@ -7,6 +7,7 @@ keeps a connection to the first one, on the port below the coordinator's: _Line.
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from codellama_jax.config import check
 
 BY_HAND = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS")
+MEET = 1_800  # seconds; who ends before is noticed by _Line
 LOST = "The last checkpoint is sound: start all processes again to go on from it"
 
 
@@ -34,6 +36,7 @@ def join(wait: int = 300) -> None:
     given = _given()
     if given.get("num_processes") == 1:
         return
+    jax.config.update("jax_enable_preemption_service", False)  # takes SIGTERM: stop.Vote
     _line = _Line(wait)
     try:
         # jax ends the process when its own time is up: after ours, which names the host
@@ -209,6 +212,30 @@ class _Line:
 
 
 _line: _Line | None = None
+
+
+# -- devices -------------------------------------------------------------------------------------
+def introduce(mesh) -> None:
+    """Lets the CPU devices of many processes connect, in every group that a step may form.
+
+    They do so in their first collective, where each waits 30 s for the others and no longer. One
+    that compiles on a busy machine is later; so this is done before any of them compiles.
+    """
+    import jax
+    from jax._src import distributed  # a barrier with a time of one's own has no public name
+
+    if jax.process_count() == 1 or mesh.devices.flat[0].platform != "cpu":
+        return
+    axes = [name for name, size in mesh.shape.items() if size > 1]
+    groups = [g for n in range(len(axes)) for g in itertools.combinations(axes, n + 1)]
+
+    def meet() -> jax.Array:
+        return sum(jax.lax.psum(jax.lax.axis_index(group), group) for group in groups)
+
+    everyone = jax.shard_map(meet, mesh=mesh, in_specs=(), out_specs=jax.P())
+    program = jax.jit(everyone).lower().compile()
+    distributed.global_state.client.wait_at_barrier("introduce", MEET * 1_000)
+    jax.block_until_ready(program())
 
 
 # -- who reads what? -----------------------------------------------------------------------------

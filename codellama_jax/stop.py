@@ -4,8 +4,7 @@
         ...
         if signals.first: save, and raise Stopped
 
-One process handles SIGTERM and SIGINT (Ctrl-C) here. Among many processes SIGTERM is JAX's own: its
-preemption service makes all of them agree on a step; a SIGINT is passed on to it.
+Among many processes each notices its own; Vote makes all of them stop at the same step.
 """
 
 import os
@@ -32,13 +31,11 @@ class Signals:
         self._before = {}
         if threading.current_thread() is not threading.main_thread():
             return self  # Python delivers signals to the main thread only
-        import jax
-
-        self._many = jax.process_count() > 1
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
-        kinds = [signal.SIGINT] if self._many else [signal.SIGINT, signal.SIGTERM]
-        self._before = {kind: signal.signal(kind, lambda *_: None) for kind in kinds}
+        self._before = {
+            kind: signal.signal(kind, lambda *_: None) for kind in (signal.SIGINT, signal.SIGTERM)
+        }
         # Python calls handlers between two of its instructions, which may be minutes away; the
         # number of the signal is written to this socket at once
         self._fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
@@ -66,5 +63,31 @@ class Signals:
             os._exit(128 + kind)
         self.first = kind
         os.write(2, f"{name}: ends after this step, with a checkpoint; again: at once\n".encode())
-        if self._many:
-            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Vote:
+    """Has one of the processes been told to stop? They learn it at the same step, or hang.
+
+    Each gives its answer to the devices behind a step, and reads what came of the step before:
+    nobody waits. JAX's own service for this agrees apart from the devices; on a busy machine one
+    process was told to stop, and another was two steps further.
+    """
+
+    def __init__(self, mesh):
+        import jax
+
+        self._each = jax.sharding.NamedSharding(mesh, jax.P(mesh.axis_names))
+        all_of_them = jax.sharding.NamedSharding(mesh, jax.P())
+        self._highest = jax.jit(lambda x_N: x_N.max(), out_shardings=all_of_them)
+        self._before = None
+
+    def __call__(self, mine: int) -> int:
+        """The highest number that any process gave in the call before this one; 0 at first."""
+        import jax
+        import numpy as np
+
+        answers_N = jax.make_array_from_callback(
+            (self._each.mesh.size,), self._each, lambda _: np.full(1, mine, np.int32)
+        )
+        before, self._before = self._before, self._highest(answers_N)
+        return 0 if before is None else int(before)

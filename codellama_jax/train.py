@@ -41,6 +41,7 @@ def train(stage: config.Stage, workdir: epath.PathLike) -> state.Params:
 
     # -- mesh, tokenizer, workdir --------------------------------------------------------------
     mesh = sharding.make_mesh(stage.layout)
+    cluster.introduce(mesh)
     platform = mesh.devices.flat[0].platform
     tokenizer = Tokenizer(workdir / stage.data.tokenizer)
     check_fits(stage, tokenizer, mesh)
@@ -85,7 +86,7 @@ def train(stage: config.Stage, workdir: epath.PathLike) -> state.Params:
         )
         record = opened.enter_context(Record(folder, stage, start, list(mesh.devices.flat)))
         opened.enter_context(jax.set_mesh(mesh))
-        signals = opened.enter_context(stop.Signals())
+        signals, vote = opened.enter_context(stop.Signals()), stop.Vote(mesh)
         dog = opened.enter_context(watchdog.Watchdog(stage.name, start, stage.stuck_after))
         record.tell(opening(stage, mesh, start))
         clock.starts(start)
@@ -99,7 +100,7 @@ def train(stage: config.Stage, workdir: epath.PathLike) -> state.Params:
             with clock.spends("compile") if now == start + 1 else contextlib.nullcontext():
                 train_state, values = train_step(train_state, batch)
             record.stepped(values)
-            last, told = now == stage.steps, told_to_stop(signals, checkpoints, now)
+            last, told = now == stage.steps, told_to_stop(signals, vote)
             due = now % stage.save_every == 0 or told
             if last or due or now % stage.eval_every == 0:
                 record.flush()  # a state whose loss was not finite is never kept
@@ -129,11 +130,10 @@ def close(checkpoints: checkpoint.Checkpoints, clock: goodput.Clock, *error) -> 
         checkpoints.__exit__(*error)
 
 
-def told_to_stop(signals: stop.Signals, checkpoints: checkpoint.Checkpoints, now: int) -> int:
+def told_to_stop(signals: stop.Signals, vote: stop.Vote) -> int:
     """The signal after which this step is to be the last one, or 0. On all processes the same."""
-    if jax.process_count() > 1:
-        return signal.SIGTERM if checkpoints.must_save(now) else 0
-    return signals.first or 0
+    told = signals.first or 0
+    return vote(told) if jax.process_count() > 1 else told
 
 
 def identity(stage: config.Stage, workdir: epath.Path) -> dict[str, object]:

@@ -2,8 +2,8 @@
 
     python stage_process.py STAGE.json WORKDIR [WAIT]
 
-SIGNAL_AT="3:SIGKILL" in the environment makes the process send itself that signal at step 3, and
-then take its time for every step. ERROR_AT="3" makes it fail there, as on a full disk.
+SIGNAL_AT="3:SIGKILL" in the environment makes the process send itself that signal at step 3.
+ERROR_AT="3" makes it fail there, as on a full disk.
 """
 
 import json
@@ -33,7 +33,6 @@ KEEP_PROGRAMS = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
-AFTER_SIGNAL = 3.0  # seconds for a step: many processes need a few to agree where to stop
 TIMEOUT = 900
 
 
@@ -121,8 +120,6 @@ def signal_at(text: str) -> None:
         stepped(record, values)
         if record.step == int(at):
             os.kill(os.getpid(), signal.Signals[name])
-        if record.step >= int(at):
-            time.sleep(AFTER_SIGNAL)
 
     metrics.Record.stepped = stepped_and_told
 

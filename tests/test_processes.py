@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import spine_fixture as tiny
 import stage_process as own
 from stage_process import assert_equal, code_stage, ended, lines, new_workdir, weights
 
-from codellama_jax import agreement, checkpoint, goodput, train, watchdog
+from codellama_jax import agreement, checkpoint, goodput, stop, train, watchdog
 
 STEPS = 30
 
@@ -44,12 +45,13 @@ def start(number: int, what, workdir, programs, *, devices=2, only=None, wait=ow
     only: the processes that are started. told: environment of one of them, as p0={...}.
     """
     address, begun, logs = f"localhost:{own.free_ports()}", [], []
+    flags = os.environ["XLA_FLAGS"]  # of two that contradict each other the last counts
     for process in range(number) if only is None else only:
         environment = {
             "JAX_NUM_PROCESSES": str(number),
             "JAX_PROCESS_ID": str(process),
             "JAX_COORDINATOR_ADDRESS": address,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",  # the last one counts
+            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
             **told.get(f"p{process}", {}),
         }
         logs.append(workdir.parent / f"log-{len(list(workdir.parent.iterdir()))}-{process}")
@@ -131,8 +133,8 @@ def test_a_killed_process_ends_the_others_and_the_restart_is_bit_for_bit(alone, 
 @pytest.mark.slow
 def test_a_process_that_fails_by_itself_ends_the_others_with_its_reason(programs, tmp_path):
     workdir = new_workdir(tmp_path / "workdir")
-    short = stage(layout={"tensor": 2}, eval_rows=1)
-    processes, logs = start(2, short, workdir, programs, devices=1, p1={"ERROR_AT": "5"})
+    split = stage(layout={"tensor": 2})
+    processes, logs = start(2, split, workdir, programs, devices=1, p1={"ERROR_AT": "5"})
     assert 0 not in ended(processes), texts(logs)
     assert "error: there is no space left here" in logs[1].read_text(), texts(logs)
     assert "process 1 of 2 on " in logs[0].read_text(), texts(logs)
@@ -191,6 +193,11 @@ def test_a_second_signal_ends_at_once_though_the_main_thread_is_busy():
     finally:
         run.kill()
         run.communicate()
+
+
+def test_what_one_process_is_told_all_learn_one_step_later():
+    vote = stop.Vote(tiny.mesh(fsdp=4, tensor=2))
+    assert [vote(told) for told in (0, 15, 0, 2, 0)] == [0, 0, 15, 0, 2]
 
 
 def test_the_stacks_of_a_step_that_does_not_end_are_shown(capfd):
