@@ -7,13 +7,10 @@
 """
 
 import contextlib
-import dataclasses
-import importlib.metadata
 import logging
 import math
 import os
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -208,49 +205,51 @@ def restore_params(
 ) -> state.Params:
     """The weights of a checkpoint of `model`, cast to `dtype` while read, placed on `mesh`.
 
-    Raises ValueError for other bits than were written. Where `dtype` rounds, one weight after the
-    other is read as it is stored, checked, and rounded on the devices.
+    dtype: float32 if None. Raises ValueError for other bits than were written. Where `dtype`
+    rounds, one weight after the other is read as it is stored, checked, and then rounded.
     """
+    step, dtype = find(path), np.dtype(dtype or np.float32)
+    stored = _stored_dtype(step)
+    if dtype in (np.float32, stored):
+        return _read(step, _placed(model, mesh, dtype))
+    return _rounded(step, _placed(model, mesh, stored), dtype)
+
+
+def _stored_dtype(step: epath.Path) -> np.dtype:
+    with _readable(step):
+        return np.dtype(ocp.PyTreeCheckpointHandler().metadata(step / "params").tree["norm"].dtype)
+
+
+def _placed(model: config.Model, mesh: jax.sharding.Mesh | None, dtype: np.dtype) -> Any:
+    """Shapes, dtype and places of the weights: over `mesh`, or on the first device."""
     abstract = state.abstract_params(model)
     if mesh is None:
-        places = jax.tree.map(
-            lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract
-        )
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        places = jax.tree.map(lambda _: place, abstract)
     else:
         places = state.param_shardings(model, mesh)
-    step, dtype = find(path), np.dtype(dtype or np.float32)
-    handler = ocp.PyTreeCheckpointHandler()
-    with ocp.Checkpointer(handler) as reader:
-        with _readable(step):
-            stored = np.dtype(handler.metadata(step / "params").tree["norm"].dtype)
-        rounds = dtype not in (np.float32, stored)
-
-        def read(abstract: Any, places: Any) -> Any:
-            kind = stored if rounds else dtype
-            wanted = jax.tree.map(
-                lambda x, place: jax.ShapeDtypeStruct(x.shape, kind, sharding=place),
-                abstract,
-                places,
-            )
-            with _readable(step):
-                args = _restore(wanted, partial_restore=rounds)
-                params = reader.restore(step / "params", args=args)
-            check_params(params, step)
-            return jax.tree.map(lambda x: x.astype(dtype), params) if rounds else params
-
-        if not rounds:
-            return read(abstract, places)
-        return _one_by_one(read, abstract, places)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place), abstract, places
+    )
 
 
-def _one_by_one(read: Callable, abstract: Any, places: Any) -> Any:
-    """What `read` makes of the whole tree, called with one leaf at a time."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+def _read(step: epath.Path, wanted: Any, part: bool = False) -> Any:
+    """The weights that `wanted` describes (all, or a part of them), checked."""
+    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    with _readable(step), reader:
+        params = reader.restore(step / "params", args=_restore(wanted, partial_restore=part))
+    check_params(params, step)
+    return params
+
+
+def _rounded(step: epath.Path, wanted: Any, dtype: np.dtype) -> Any:
+    """Weights in `dtype`, so that never more than one of them is there as it is stored, too."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(wanted)
     made = []
-    for (path, leaf), place in zip(leaves, jax.tree.leaves(places), strict=True):
+    for path, leaf in leaves:
         for key in reversed(path):
-            leaf, place = {key.key: leaf}, {key.key: place}
-        made += jax.tree.leaves(read(leaf, place))
+            leaf = {key.key: leaf}
+        made += [x.astype(dtype) for x in jax.tree.leaves(_read(step, leaf, part=True))]
     return jax.tree.unflatten(structure, made)
 
 
@@ -261,7 +260,13 @@ def check_params(params: Any, step: epath.Path) -> None:
     if has_checksums(step):  # of imported weights
         from codellama_jax.convert import proof
 
-        proof.check_params(params, proof.read(step.parent), step)
+        known = proof.read(step.parent)
+        check(
+            known.model == read_recipe(step)["model"],
+            f"{step} is damaged: its recipe names another model than {proof.NAME} beside it; "
+            "import the weights again",
+        )
+        proof.check_params(params, known, step)
 
 
 def load(
@@ -273,29 +278,8 @@ def load(
     """
     step = find(path)
     model = read_recipe(step)["model"]
-    with _readable(step):
-        stored = ocp.PyTreeCheckpointHandler().metadata(step / "params").tree["norm"].dtype
-    params = restore_params(step, model, mesh, dtype or stored)
+    params = restore_params(step, model, mesh, dtype or _stored_dtype(step))
     return model, params, tokenizer.beside(step.parent)
-
-
-def describe(stage: config.Stage, fingerprint: str, corpus_fingerprint: str | None = None) -> dict:
-    """The recipe JSON written beside the weights of `stage`; `fingerprint` is the tokenizer's."""
-    return {
-        "model": config.to_json(stage.model),
-        "stage": config.to_json(stage),
-        "tokenizer_fingerprint": fingerprint,
-        "corpus_fingerprint": corpus_fingerprint,
-        "code_version": _version("codellama_jax"),
-        "versions": {name: _version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 # -- are the bits those that were written? -------------------------------------------------------
@@ -336,78 +320,3 @@ def check_bits(tree: Any, step: epath.Path) -> None:
         "hold other bits than were written; restore it from a copy, or remove that folder to use "
         "the step before it",
     )
-
-
-# -- may this stage go on from what lies there? --------------------------------------------------
-FREE = {  # fields that change speed or cadence but no number that is trained
-    "layout", "log_every", "eval_every", "eval_rows", "save_every", "keep_checkpoints",
-    "profile_from", "stuck_after", "data.workers", "data.corpus", "data.tokenizer", "data.rows",
-}  # fmt: skip
-
-
-def check_same_stage(
-    saved: dict,
-    stage: config.Stage,
-    fingerprint: str,
-    folder: Any,
-    corpus_fingerprint: str | None = None,
-) -> None:
-    """Raises ValueError when `folder` was made by another recipe, naming each difference."""
-    old, new = flat(saved["stage"] or {}), flat(config.to_json(stage))
-    differences = [
-        f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-        and name not in FREE
-        and name.partition(".")[0] not in FREE
-    ]
-    check(
-        not differences,
-        f"{folder} was made by another recipe: {'; '.join(differences)}. "
-        "Set it back, or use another --workdir",
-    )
-    known = saved.get("corpus_fingerprint")
-    check(
-        None in (known, corpus_fingerprint) or known == corpus_fingerprint,
-        f"{folder} was trained on another corpus (fingerprint {str(known)[:12]}, the one now at "
-        f"{stage.data.corpus!r} is {str(corpus_fingerprint)[:12]}); put that one back, or use "
-        "another --workdir",
-    )
-    check_tokenizer(saved, fingerprint, folder)
-
-
-def check_parent(saved: dict, stage: config.Stage, fingerprint: str, folder: Any) -> None:
-    """Raises ValueError when the weights in `folder` cannot start `stage`.
-
-    The RoPE base and the longest row may change between stages; the shape may not.
-    """
-    old = dataclasses.replace(
-        saved["model"], rope_theta=stage.model.rope_theta, max_seq_len=stage.model.max_seq_len
-    )
-    old, new = config.to_json(old), config.to_json(stage.model)
-    differences = [f"{k} is {old[k]!r} there, {new[k]!r} here" for k in old if old[k] != new[k]]
-    check(
-        not differences,
-        f"stage {stage.name!r} cannot start from {folder}: {'; '.join(differences)}",
-    )
-    check_tokenizer(saved, fingerprint, folder)
-
-
-def check_tokenizer(saved: dict, fingerprint: str, folder: Any) -> None:
-    known = saved.get("tokenizer_fingerprint")
-    check(
-        known in (None, fingerprint),
-        f"{folder} was trained with another tokenizer (fingerprint {str(known)[:12]}, this one is "
-        f"{fingerprint[:12]}); use the tokenizer.model beside those weights",
-    )
-
-
-def flat(values: dict, prefix: str = "") -> dict:
-    """Nested fields by their dotted paths; a mix stays whole."""
-    fields = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and name != "mix":
-            fields |= flat(value, f"{prefix}{name}.")
-        else:
-            fields[prefix + name] = value
-    return fields

@@ -13,6 +13,7 @@ from codellama_jax import (
     compiler_options,
     config,
     goodput,
+    lineage,
     optim,
     sharding,
     state,
@@ -53,7 +54,7 @@ def train(stage: config.Stage, workdir: epath.PathLike) -> state.Params:
         opened.push(lambda *error: close(checkpoints, clock, *error))
 
         # -- state ---------------------------------------------------------------------------
-        recipe = checkpoint.describe(
+        recipe = lineage.describe(
             stage, tokenizer.fingerprint, corpus.open(corpus_dir, tokenizer).fingerprint
         )
         train_state = first_state(stage, workdir, mesh, checkpoints, recipe)
@@ -140,9 +141,9 @@ def identity(stage: config.Stage, workdir: epath.Path) -> dict[str, object]:
     """What must be the same on all processes of a run, by name."""
     tokenizer = Tokenizer(workdir / stage.data.tokenizer)
     folder = corpus.open(storage.beside(workdir, stage.data.corpus), tokenizer)
-    recipe = checkpoint.describe(stage, tokenizer.fingerprint, folder.fingerprint)
+    recipe = lineage.describe(stage, tokenizer.fingerprint, folder.fingerprint)
     own = ("stage.data.corpus", "stage.data.tokenizer")  # each may have a copy of its own
-    said = checkpoint.flat(recipe) | agreement.machine()
+    said = lineage.flat(recipe) | agreement.machine()
     return {name: value for name, value in said.items() if name not in own}
 
 
@@ -163,7 +164,7 @@ def first_state(
     fingerprint = recipe["tokenizer_fingerprint"]
     if checkpoints.latest() is not None:
         saved = checkpoint.read_recipe(checkpoints.folder)
-        checkpoint.check_same_stage(
+        lineage.check_same_stage(
             saved, stage, fingerprint, checkpoints.folder, recipe["corpus_fingerprint"]
         )
         return checkpoints.restore(state.abstract_state(stage.model, tx, mesh))
@@ -175,7 +176,7 @@ def first_state(
             f"checkpoint: train that stage first, or import weights there",
         )
         saved, found = checkpoint.read_recipe(parent), checkpoint.find(parent)
-        checkpoint.check_parent(saved, stage, fingerprint, parent)
+        lineage.check_parent(saved, stage, fingerprint, parent)
         steps = (saved["stage"] or {}).get("steps", int(found.name))
         check(
             found == parent or int(found.name) == steps,

@@ -56,6 +56,18 @@ def test_reading_into_a_dtype_that_rounds_is_checked_before_it_is_rounded(tmp_pa
             checkpoint.restore_params(folder, GQA, place, "bfloat16")
 
 
+def test_a_recipe_that_contradicts_the_table_is_refused_where_a_stage_starts_and_in_use(tmp_path):
+    folder = write(tmp_path / "a", "orbax", GQA)
+    recipe = folder / "0/recipe/metadata"
+    assert "1000000.0" in recipe.read_text()
+    recipe.write_text(recipe.read_text().replace("1000000.0", "10000.0"))
+    with pytest.raises(ValueError, match="names another model than checksums.json"):
+        checkpoint.restore_params(folder, GQA, mesh())
+    for place in (None, mesh()):
+        with pytest.raises(ValueError, match="another model"):
+            codellama_jax.load(folder, mesh=place)
+
+
 def test_a_tensor_is_hashed_once_in_a_conversion(tmp_path, monkeypatch):
     """Whether a checksum table lies beside the source or not."""
     write(tmp_path / "a", "hf", GQA)

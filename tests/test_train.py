@@ -24,7 +24,7 @@ from stage_process import (
     weights,
 )
 
-from codellama_jax import checkpoint, config, metrics, state, train
+from codellama_jax import checkpoint, config, lineage, metrics, state, train
 from codellama_jax.data import mix
 
 TESTS = Path(__file__).parent
@@ -243,7 +243,7 @@ def test_a_parent_that_was_interrupted_is_refused_unless_its_step_is_named(finis
 
 def test_a_stage_may_start_from_one_step_of_another(finished, tmp_path):
     early = replace(long_stage(), name="early", start_from="code/10")
-    recipe = checkpoint.describe(early, corpus_fixture.tokenizer().fingerprint)
+    recipe = lineage.describe(early, corpus_fixture.tokenizer().fingerprint)
     with checkpoint.Checkpoints(tmp_path / "early", keep=1) as checkpoints:
         mesh = tiny.mesh(fsdp=8)
         got = train.first_state(early, finished, mesh, checkpoints, recipe)
