@@ -212,6 +212,7 @@ class _Line:
 
 
 _line: _Line | None = None
+_meetings = itertools.count()
 
 
 # -- devices -------------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ def introduce(mesh) -> None:
 
     everyone = jax.shard_map(meet, mesh=mesh, in_specs=(), out_specs=jax.P())
     program = jax.jit(everyone).lower().compile()
-    distributed.global_state.client.wait_at_barrier("introduce", MEET * 1_000)
+    distributed.global_state.client.wait_at_barrier(f"introduce-{next(_meetings)}", MEET * 1_000)
     jax.block_until_ready(program())
 
 
