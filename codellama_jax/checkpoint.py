@@ -91,10 +91,6 @@ class Checkpoints:
         counter = jax.device_put(np.int32(step), abstract.step.sharding)
         return state.TrainState(counter, saved.params, saved.opt_state)
 
-    def must_save(self, step: int) -> bool:
-        """True once the machine has been told that it will be taken away (on all processes)."""
-        return self._manager.reached_preemption(step)
-
 
 SMALLEST_CHUNK = 1 << 14  # bytes
 

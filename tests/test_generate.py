@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -190,6 +191,41 @@ def test_a_call_of_many_lengths_compiles_few_shapes(llama, monkeypatch):
     monkeypatch.setattr(decode, "decode", lambda *_, **__: (None, *np.ones((2, 16, 9))))
     llama.generate(prompts_of(*range(1, 600, 7)), Sampling(9), batch_size=16)
     assert shapes == [(16, 1_024), (16, 512), (16, 512), (16, 512), (16, 256), (8, 64)]
+
+
+@pytest.fixture
+def as_on_a_tpu(monkeypatch):
+    """Chunks by the kernel, which is interpreted here, and an idle row beside each token."""
+    tpu = {**vars(sharding), "platform": lambda: "tpu"}
+    monkeypatch.setattr(decode, "sharding", types.SimpleNamespace(**tpu))
+    monkeypatch.setattr(decode, "TPU_PREFILL_CHUNK", 256)
+    forget_programs()
+    yield
+    forget_programs()
+
+
+def forget_programs():
+    for program in (decode.prefill, decode.decode):
+        program.clear_cache()
+
+
+def test_what_a_tpu_runs_tells_the_same(llama, as_on_a_tpu, monkeypatch):
+    ids, sampling = prompts_of(300, 30), Sampling(max_new_tokens=8)
+    got = [llama.generate([one], sampling)[0] for one in ids]
+    monkeypatch.undo()
+    forget_programs()
+    for one, out in zip(ids, got, strict=True):
+        [want] = llama.generate([one], sampling)
+        assert out.tokens == want.tokens
+        np.testing.assert_allclose(out.log_probs, want.log_probs, atol=2e-5)
+
+
+@pytest.mark.parametrize("T", [16, 512, 1_024, 1_536, 2_048, 3_584, 4_096, 7_168, 114_688])
+@pytest.mark.parametrize("platform, most", [("cpu", 512), ("tpu", 2_048)])
+def test_chunks_divide_their_bucket_and_fit_the_kernel(T, platform, most):
+    C = decode.chunk_of(decode.bucket(T), platform)
+    assert decode.bucket(T) == T and T % C == 0
+    assert C == T <= most or C % 512 == 0
 
 
 def test_weights_split_over_devices_tell_the_same(llama, params):
