@@ -62,9 +62,11 @@ LAYOUTS = {       # size, rows of a batch, row length: slice
         "v5e:16x16": Layout(microbatches=4, remat="dots", loss_chunk=4_096),
         "v5p:4x4x4": Layout(data=4, fsdp=16, microbatches=4, remat="dots", loss_chunk=4_096),
         "2xv5e:16x16": Layout(data=2, microbatches=2, remat="dots", loss_chunk=4_096),
+        "v6e:16x16": Layout(microbatches=2, remat="dots", loss_chunk=4_096),
     },
     ("7b", 128, 16_384): {
         "v5e:16x16": Layout(tensor=2, remat="attention", loss_chunk=4_096),
+        "v5p:4x4x4": Layout(data=4, fsdp=16, microbatches=2, remat="dots", loss_chunk=4_096),
     },
     ("7b", 32, 16_384): {
         "v5e:16x16": Layout(context=8, remat="dots", loss_chunk=4_096),
@@ -76,6 +78,11 @@ LAYOUTS = {       # size, rows of a batch, row length: slice
     },
     ("13b", 128, 16_384): {
         "v5e:16x16": Layout(context=4, microbatches=2, remat="attention", loss_chunk=4_096),
+        "v5p:4x4x4": Layout(data=2, fsdp=32, microbatches=2, remat="dots", loss_chunk=4_096),
+    },
+    ("13b", 32, 16_384): {
+        "v5e:16x16": Layout(context=8, remat="dots", loss_chunk=4_096),
+        "v5p:4x4x4": Layout(data=4, context=2, remat="dots", loss_chunk=4_096),
     },
     ("34b", 1_024, 4_096): {
         "v5e:16x16": Layout(microbatches=4, loss_chunk=4_096),
@@ -90,8 +97,14 @@ LAYOUTS = {       # size, rows of a batch, row length: slice
         "v5p:4x4x8": Layout(data=4, context=4, remat="dots", loss_chunk=4_096),
     },
     ("70b", 1_024, 4_096): {
-        "v6e:16x16": Layout(tensor=4, microbatches=16, remat="dots", loss_chunk=4_096),
+        "v6e:16x16": Layout(microbatches=2, loss_chunk=4_096),
         "v5p:4x4x8": Layout(data=2, fsdp=64, microbatches=8, remat="dots", loss_chunk=4_096),
+    },
+    ("70b", 64, 16_384): {
+        "v6e:16x16": Layout(context=4, remat="attention", loss_chunk=4_096),
+        "v5p:4x4x8": Layout(
+            data=2, fsdp=16, context=4, microbatches=2, remat="dots", loss_chunk=4_096
+        ),
     },
     ("70b", 128, 4_096): {
         "v6e:16x16": Layout(context=2, remat="attention", loss_chunk=4_096),
