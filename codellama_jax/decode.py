@@ -68,9 +68,14 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def chunk_of(T: int, platform: str) -> int:
+def kernel_of(platform: str, dtype) -> str:
+    """What prompts are read by. The kernel of TPUs knows no float16."""
+    return "splash" if platform == "tpu" and dtype != jnp.float16 else "xla"
+
+
+def chunk_of(T: int, kernel: str) -> int:
     """How many of the T tokens of a bucket are read at once."""
-    most = TPU_PREFILL_CHUNK if platform == "tpu" else PREFILL_CHUNK
+    most = TPU_PREFILL_CHUNK if kernel == "splash" else PREFILL_CHUNK
     return T if T <= most else math.gcd(T, most)
 
 
@@ -90,17 +95,18 @@ def prefill(
     """
     llama = state.bind(model, params)
     B, T = tokens_BT.shape
-    C = chunk_of(T, sharding.platform())
+    dtype = llama.tok_embeddings[...].dtype
+    kernel = kernel_of(sharding.platform(), dtype)
+    C = chunk_of(T, kernel)
 
     def read(i, carry):
         caches, last_BD = carry
-        x_BCD, caches = _read_chunk(llama, tokens_BT, i * C, C, caches)
+        x_BCD, caches = _read_chunk(llama, tokens_BT, i * C, C, caches, kernel)
         end_B = lengths_B - 1 - i * C  # where in this chunk a prompt ends, if it does
         x_B1D = jnp.take_along_axis(x_BCD, jnp.clip(end_B, 0, C - 1)[:, None, None], axis=1)
         ends_here_B1 = ((end_B >= 0) & (end_B < C))[:, None]
         return caches, jnp.where(ends_here_B1, x_B1D[:, 0], last_BD)
 
-    dtype = llama.tok_embeddings[...].dtype
     start = _empty_caches(model, B, T + room, dtype), jnp.zeros((B, model.dim), dtype)
     num_chunks = (lengths_B.max() + C - 1) // C
     caches, last_BD = jax.lax.fori_loop(0, num_chunks, read, start)
@@ -182,13 +188,15 @@ def logits(params: state.Params, tokens_BT: jax.Array, *, model: config.Model) -
     """float32[B, T, V]: the logits of every position, read as prefill reads; T is a bucket."""
     llama = state.bind(model, params)
     B, T = tokens_BT.shape
-    C = chunk_of(T, sharding.platform())
+    dtype = llama.tok_embeddings[...].dtype
+    kernel = kernel_of(sharding.platform(), dtype)
+    C = chunk_of(T, kernel)
 
     def read(caches, i):
-        x_BCD, caches = _read_chunk(llama, tokens_BT, i * C, C, caches)
+        x_BCD, caches = _read_chunk(llama, tokens_BT, i * C, C, caches, kernel)
         return caches, llama.logits(x_BCD)
 
-    caches = _empty_caches(model, B, T, llama.tok_embeddings[...].dtype)
+    caches = _empty_caches(model, B, T, dtype)
     _, logits_nBCV = jax.lax.scan(read, caches, jnp.arange(T // C))
     logits_BTV = jnp.moveaxis(logits_nBCV, 0, 1).reshape(B, T, -1)  # [n,B,C,V] -> [B,n*C,V]
     return _everywhere(logits_BTV)
@@ -232,12 +240,11 @@ def nucleus(probs_BV: jax.Array, top_p: float) -> jax.Array:
 
 
 # -- forward with a cache ----------------------------------------------------------------------
-def _read_chunk(llama, tokens_BT, start, C, caches):
+def _read_chunk(llama, tokens_BT, start, C, caches, kernel):
     """Reads tokens_BT[:, start : start + C] into the cache; slots are positions here."""
     B, T = tokens_BT.shape
     tokens_BC = jax.lax.dynamic_slice(tokens_BT, (0, start), (B, C))
     positions_BC = jnp.broadcast_to(start + jnp.arange(C), (B, C))
-    kernel = "splash" if sharding.platform() == "tpu" else "xla"
 
     def attend(q_BCNH, k_BCKH, v_BCKH, cache):
         if C == T:  # nothing was read before: a causal row, faster without the cache

@@ -216,7 +216,7 @@ def _time(name, model, where, batch, context, facts, text) -> Report:
     from codellama_jax import decode
 
     prompt = decode.bucket(context)
-    chunks = -(-context // decode.chunk_of(prompt, "tpu"))
+    chunks = -(-context // decode.chunk_of(prompt, "splash"))
     rounds, share = (chunks, 1) if name == "prefill" else (decode.DECODE_CHUNK,) * 2
     facts = facts | {"regions": estimate.regions(text, facts, where, rounds)}
 
@@ -253,7 +253,7 @@ def _reading(model, where, mesh, batch, context) -> float:
     from codellama_jax import attention_cache, decode
 
     prompt = decode.bucket(context)
-    chunk = decode.chunk_of(prompt, "tpu")
+    chunk = decode.chunk_of(prompt, "splash")
     queries, keys = attention_cache.blocks(chunk, prompt)
     read = -(-context // chunk) * chunk
     ends = range(queries, read + 1, queries)  # of the blocks of queries

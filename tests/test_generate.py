@@ -221,9 +221,9 @@ def test_what_a_tpu_runs_tells_the_same(llama, as_on_a_tpu, monkeypatch):
 
 
 @pytest.mark.parametrize("T", [16, 512, 1_024, 1_536, 2_048, 3_584, 4_096, 7_168, 114_688])
-@pytest.mark.parametrize("platform, most", [("cpu", 512), ("tpu", 2_048)])
-def test_chunks_divide_their_bucket_and_fit_the_kernel(T, platform, most):
-    C = decode.chunk_of(decode.bucket(T), platform)
+@pytest.mark.parametrize("kernel, most", [("xla", 512), ("splash", 2_048)])
+def test_chunks_divide_their_bucket_and_fit_the_kernel(T, kernel, most):
+    C = decode.chunk_of(decode.bucket(T), kernel)
     assert decode.bucket(T) == T and T % C == 0
     assert C == T <= most or C % 512 == 0
 

@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
+import jax
 import pytest
 import spine_fixture as tiny
 
-from codellama_jax import chips, config, decode, kernels, plan_decode, schedule
+from codellama_jax import chips, config, decode, kernels, plan, plan_decode, schedule, sharding
 
 SMALL = replace(
     tiny.MODEL, dim=256, num_heads=2, num_kv_heads=2, ffn_dim=256, vocab_size=256, max_seq_len=4_096
@@ -75,7 +76,7 @@ def test_what_does_not_fit_is_told_what_would(tmp_path, monkeypatch, where, batc
 
 def test_reading_takes_little_longer_than_its_products():
     model, where = config.SIZES["34b"], chips.Slice.parse("v5e:2x4")
-    chunks = -(-100_000 // decode.chunk_of(decode.bucket(100_000), "tpu"))
+    chunks = -(-100_000 // decode.chunk_of(decode.bucket(100_000), "splash"))
     found = chunks * plan_decode._reading(model, where, {"tensor": 8}, 1, 100_000)
     products = kernels.ideal("fwd", where.chip, 1) * 100_000**2 / 2  # of one head
     heads = model.num_heads / 8
@@ -117,3 +118,25 @@ def test_what_does_not_fit_is_refused_with_the_bytes(tmp_path):
         plan_decode.plan_generation(
             model, FOUR, batch=4_096, context=65_536, quick=True, cache=tmp_path
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_prompts_longer_than_a_chunk_are_read_by_weights_of_any_dtype(dtype):
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install codellama_jax[aot]")
+    where, model = chips.Slice.parse("v5e:2x2"), replace(SMALL, num_layers=1)
+    mesh = sharding.make_mesh(config.Layout(data=2, fsdp=1, tensor=2), where.topology())
+
+    def of(shape, dtype, place):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    params = jax.tree.map(
+        lambda w: of(w.shape, dtype, w.sharding), plan_decode.abstract_weights(model, mesh)
+    )
+    rows = jax.sharding.NamedSharding(mesh, sharding.spec("batch"))
+    with jax.set_mesh(mesh):
+        lowered = decode.prefill.lower(
+            params, of((2, 4_096), "int32", rows), of((2,), "int32", rows), model=model, room=16
+        )
+    kernels_called = lowered.compile(compiler_options=plan.QUICK).as_text().count("splash_mqa_fwd")
+    assert (kernels_called > 0) == (dtype != "float16")  # which the kernel does not know
