@@ -156,10 +156,8 @@ def _splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, context):
         segments_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
     mesh = jax.sharding.get_abstract_mesh()
     split = 1 if mesh.empty or context == 1 else mesh.shape["context"]
-    device = None if mesh.empty else mesh.abstract_device  # programs for TPUs are made on CPUs, too
-    platform = jax.default_backend() if mesh.empty else device and device.platform
     group = q_BTNH.shape[2] // k_BSKH.shape[2]
-    length, interpret = q_BTNH.shape[1], platform == "cpu"
+    length, interpret = q_BTNH.shape[1], sharding.platform() == "cpu"
     attend = splash_kernel(length, splash_block(length, context), group, context, split, interpret)
     if mesh.empty:
         return _splash_local(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT, context=context)

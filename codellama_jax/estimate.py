@@ -11,7 +11,6 @@ held-out losses, stragglers, clock throttling, contention between collectives, a
 small ones. Nothing ran on a chip.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -76,10 +75,7 @@ def binds(total: dict[str, float]) -> str:
 
 
 def kernel_seconds(name: str, stage: config.Stage, where: chips.Slice, mesh: dict) -> float:
-    """Time of one splash call on one device; the name ends with the side of its blocks.
-
-    A device's cores share the pairs of a row and a key/value head, whole ones each.
-    """
+    """Time of one splash call on one device; the name ends with the side of its blocks."""
     from codellama_jax import attention
 
     ways = mesh.get("data", 1) * mesh.get("fsdp", 1)
@@ -97,8 +93,7 @@ def kernel_seconds(name: str, stage: config.Stage, where: chips.Slice, mesh: dic
     )
     rows = stage.data.rows_per_batch / stage.layout.microbatches / ways
     pairs = rows * model.num_kv_heads / mesh.get("tensor", 1)
-    heads = math.ceil(pairs / where.chip.cores) * model.num_heads / model.num_kv_heads
-    return heads * cycles / (where.chip.clock_ghz * 1e9)
+    return kernels.seconds(where.chip, cycles, pairs, model.num_heads // model.num_kv_heads)
 
 
 # -- links ---------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ what the matrix units need for the block's products where that is more. Waits fo
 it. tools/bench_kernels.py compiles the kernels and prints this table.
 """
 
+import math
 from typing import NamedTuple
 
 from codellama_jax import chips
@@ -83,6 +84,12 @@ def cycles(
     each = known[nearest][part]
     scale = (size / nearest) ** 2
     return blocks * each.block * scale + rows * each.row + steps * each.step
+
+
+def seconds(chip: chips.Chip, cycles: float, pairs: float, group: int) -> float:
+    """Of one call on one device: `pairs` of a row and a key/value head, each of `group` heads of so
+    many cycles. The cores share the pairs, whole ones each."""
+    return math.ceil(pairs / chip.cores) * group * cycles / (chip.clock_ghz * 1e9)
 
 
 def ideal(part: str, chip: chips.Chip, size: int) -> float:

@@ -266,8 +266,8 @@ def _reading(model, where, mesh, batch, context) -> float:
         steps=len(ends) * prompt / keys,
     )
     pairs = batch * model.num_kv_heads / mesh.get("data", 1) / mesh.get("tensor", 1)
-    heads = math.ceil(pairs / where.chip.cores) * model.num_heads / model.num_kv_heads
-    return heads * cycles / (where.chip.clock_ghz * 1e9) / (read // chunk)
+    group = model.num_heads // model.num_kv_heads
+    return kernels.seconds(where.chip, cycles, pairs, group) / (read // chunk)
 
 
 def _cache_bytes(model, mesh, batch, prompt, name) -> float:

@@ -394,9 +394,8 @@ def test_progress_ends_at_the_whole_and_counts_what_verify_reads(tmp_path):
 PEAK = """
 import re, sys
 from pathlib import Path
-from codellama_jax import convert
-from tools import convert_weights
-convert_weights.keep_memory()
+from codellama_jax import convert, malloc
+malloc.keep_freed(malloc.MOST)
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before = peak()
 formats = ["hf", "orbax", "meta", "hf"]

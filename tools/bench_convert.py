@@ -31,9 +31,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a clone that is not installed
 
-import convert_weights
-
-from codellama_jax import config
+from codellama_jax import config, malloc
 from codellama_jax.convert import official, run, weights
 
 
@@ -139,7 +137,7 @@ print("peak", re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text
 
 def one(before: str, after: str, folder: str) -> None:
     """One conversion, in this process; prints its peak memory in KiB."""
-    convert_weights.keep_memory()
+    malloc.keep_freed(malloc.MOST)  # as tools/convert_weights.py
     run.convert((before, f"{folder}/{before}"), (after, f"{folder}/new"), say=lambda line: None)
     print("peak", re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 

@@ -10,7 +10,6 @@ An Orbax folder is a stage of a workdir: a recipe starts from it by its name.
 """
 
 import argparse
-import ctypes
 import math
 import sys
 import time
@@ -21,8 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a clone that is 
 
 def main() -> int:
     args = arguments()
-    keep_memory()
-    from codellama_jax import convert
+    from codellama_jax import convert, malloc
+
+    # a twentieth of the time; tensors are larger and go back at once, so that memory stays small
+    malloc.keep_freed(malloc.MOST)
 
     started = time.perf_counter()
     try:
@@ -76,20 +77,6 @@ def arguments() -> argparse.Namespace:
         "--allow", nargs="+", default=[], metavar="CHECK", help="pass what this check refuses"
     )
     return parser.parse_args()
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-
-
-def keep_memory() -> None:
-    """Lets glibc keep what is freed, in pieces of up to 32 MiB, which is its most.
-
-    To give it back and have it cleared anew costs a twentieth of the processor time. Tensors are
-    larger and go back at once, so that memory stays small. (Other C libraries have no mallopt.)
-    """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def gigabytes(text: str) -> int:
