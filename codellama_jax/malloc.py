@@ -10,8 +10,8 @@ MOST = 32 << 20  # bytes of the largest MMAP_THRESHOLD
 
 
 def keep_freed(largest: int | None = None) -> None:
-    """Lets glibc keep what this process frees: all of it, or pieces of up to `largest` bytes, 32 MiB
-    at most. Other C libraries have no mallopt; there nothing changes."""
+    """Lets glibc keep what this process frees: all of it, or pieces of up to `largest` bytes (MOST
+    at most). Other C libraries have no mallopt; there nothing changes."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
