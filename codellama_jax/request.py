@@ -16,6 +16,7 @@ from codellama_jax.config import check
 from codellama_jax.tokenizer import Tokenizer
 
 DEFAULT_NEW_TOKENS = 256
+DEFAULT_TOP_P = 0.9  # of Meta's reference code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Request:
     prompt: list[int]
     text_of: Callable[[list[int]], str] | None = None  # ids after the prompt to text
     spelled: str = ""  # text to write first: what token healing took from the prompt
+    spelling: Callable[[list[int]], np.ndarray | None] | None = None  # see allowed
     stop: tuple[str, ...] = ()  # texts that end it
     limit: int = 0  # most tokens
     random: np.random.Generator | None = None
@@ -109,6 +111,10 @@ class Request:
         self.tokens += tokens[:count].tolist()
         self.log_probs += log_probs[:count].tolist()
         self.stopped = bool(len(ends)) or self._stop_at() is not None
+
+    def allowed(self) -> np.ndarray | None:
+        """bool[V]: what may come next while `spelled` is not all written; None: everything."""
+        return None if self.done or self.spelling is None else self.spelling(self.tokens)
 
     def text(self) -> str:
         """The text so far, cut before the first stop text."""
@@ -163,7 +169,19 @@ def infilling(
     def text_of(tokens):
         return prompts.infilled_middle(tokenizer, prefix, tokens, suffix_first, taken)
 
-    return Request(prompt, text_of, spelled=taken, stop=_texts(stop))
+    spelling = functools.partial(_spelling, tokenizer, taken) if taken else None
+    return Request(prompt, text_of, taken, spelling, stop=_texts(stop))
+
+
+def _spelling(tokenizer: Tokenizer, text: str, tokens: list[int]) -> np.ndarray | None:
+    """bool[V]: what may follow `tokens` on the way to spell `text`; None when that is done."""
+    written = int(tokenizer.num_bytes[tokens].sum())
+    return _steps(tokenizer, text)[written] if written < len(text.encode()) else None
+
+
+@functools.lru_cache(256)
+def _steps(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    return tokenizer.allowed_while_spelling(text)
 
 
 def near_gap(tokenizer: Tokenizer, prefix: str, suffix: str, room: int) -> tuple[str, str]:
