@@ -1,4 +1,4 @@
-"""data/inputs.py, tasks.py and pipeline.py: any input, any number of workers, any kill."""
+"""data/inputs.py, formats.py, tasks.py and pipeline.py: any input, any workers, any kill."""
 
 import gzip
 import hashlib
