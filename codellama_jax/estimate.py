@@ -90,6 +90,7 @@ def kernel_seconds(name: str, stage: config.Stage, where: chips.Slice, mesh: dic
         blocks=attention.pairs(length, context, block) / block**2,
         rows=keys if part == "dkv" else queries,
         steps=queries * keys,
+        table=kernels.BALANCED if context > 1 else kernels.SCHEDULED,
     )
     rows = stage.data.rows_per_batch / stage.layout.microbatches / ways
     pairs = rows * model.num_kv_heads / mesh.get("tensor", 1)

@@ -29,8 +29,10 @@ class Cycles(NamedTuple):
     step: int  # every step of the grid, also where the mask hides its block
 
 
+Table = dict[str, dict[int, dict[str, Cycles]]]  # by chip, block and part
+
 # fmt: off
-SCHEDULED: dict[str, dict[int, dict[str, Cycles]]] = {  # jax 0.10.2, libtpu 0.0.42.1
+SCHEDULED: Table = {  # jax 0.10.2, libtpu 0.0.42.1
     "v4": {
         512: {"fwd": Cycles(1713, 981, 437), "dq": Cycles(1938, 181, 442),
               "dkv": Cycles(2691, 373, 564)},
@@ -62,6 +64,38 @@ SCHEDULED: dict[str, dict[int, dict[str, Cycles]]] = {  # jax 0.10.2, libtpu 0.0
                 "dkv": Cycles(4374, 318, 219)},
     },
 }
+BALANCED: Table = {  # the same of rows split over the context axis: a mask of three operations more
+    "v4": {
+        512: {"fwd": Cycles(1952, 981, 437), "dq": Cycles(2231, 181, 442),
+              "dkv": Cycles(2975, 373, 564)},
+        1_024: {"fwd": Cycles(8210, 1966, 431), "dq": Cycles(8576, 373, 439),
+                "dkv": Cycles(11592, 757, 571)},
+    },
+    "v5e": {
+        512: {"fwd": Cycles(1144, 696, 189), "dq": Cycles(1608, 170, 150),
+              "dkv": Cycles(2044, 318, 197)},
+        1_024: {"fwd": Cycles(4546, 1377, 190), "dq": Cycles(6374, 332, 149),
+                "dkv": Cycles(8176, 638, 199)},
+    },
+    "v5p": {
+        512: {"fwd": Cycles(1186, 699, 354), "dq": Cycles(1598, 170, 207),
+              "dkv": Cycles(2047, 289, 273)},
+        1_024: {"fwd": Cycles(4709, 1379, 356), "dq": Cycles(6274, 332, 206),
+                "dkv": Cycles(8188, 635, 269)},
+    },
+    "v6e": {
+        512: {"fwd": Cycles(1189, 346, 225), "dq": Cycles(1375, 91, 162),
+              "dkv": Cycles(1577, 157, 222)},
+        1_024: {"fwd": Cycles(4059, 702, 225), "dq": Cycles(4916, 171, 166),
+                "dkv": Cycles(5271, 317, 224)},
+    },
+    "tpu7x": {
+        512: {"fwd": Cycles(1206, 325, 157), "dq": Cycles(1334, 78, 162),
+              "dkv": Cycles(1359, 158, 219)},
+        1_024: {"fwd": Cycles(4155, 686, 156), "dq": Cycles(5997, 160, 159),
+                "dkv": Cycles(4516, 318, 218)},
+    },
+}
 # fmt: on
 
 
@@ -73,13 +107,20 @@ def part_of(name: str) -> str:
 
 
 def cycles(
-    part: str, chip: chips.Chip, size: int, *, blocks: float, rows: float, steps: float
+    part: str,
+    chip: chips.Chip,
+    size: int,
+    *,
+    blocks: float,
+    rows: float,
+    steps: float,
+    table: Table = SCHEDULED,
 ) -> float:
     """Cycles of one head on one core.
 
     Where the table lacks a size of block, those of the nearest count in proportion to its area.
     """
-    known = SCHEDULED[chip.name]
+    known = table[chip.name]
     nearest = min(known, key=lambda other: abs(other - size))
     each = known[nearest][part]
     scale = (size / nearest) ** 2

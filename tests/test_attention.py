@@ -194,6 +194,25 @@ def test_balanced_rows_have_the_values_and_gradients_of_whole_rows(
     assert_close(got, want, 2e-5)
 
 
+@pytest.mark.parametrize("length, context", [(1_024, 2), (3_072, 2), (4_096, 4)])
+def test_the_kernel_sees_in_balanced_rows_what_causality_shows(length, context):
+    """From what each of its programs is told: the keys of a block, whether it runs, the mask."""
+    block = attention.splash_block(length, context)
+    kernel = attention.splash_kernel(length, block, 1, context, split=context)
+    position_T = sharding.balance(np.arange(length), context, axis=0)
+    sees, blocks = kernel.kwargs["mask_function"], np.arange(length).reshape(-1, block)
+    for info, of_keys in ((kernel.fwd_mask_info, False), (kernel.dkv_mask_info, True)):
+        got_TS = np.zeros((length, length), bool)
+        steps = info.block_mask.shape[1] // context  # of a device
+        for _, i, j in zip(*np.nonzero(np.asarray(info.block_mask)), strict=True):
+            there = int(info.data_next[0, i, j])
+            first = i // steps * len(blocks) // context  # block of queries of this device
+            query, key = (first + there, j) if of_keys else (i, there)
+            queries, keys = blocks[query], blocks[key]
+            got_TS[np.ix_(queries, keys)] = sees(queries[:, None], keys[None])
+        np.testing.assert_array_equal(got_TS, position_T[:, None] >= position_T[None])
+
+
 def test_the_devices_of_the_context_axis_do_equal_work():
     whole = attention.pairs(16_384)
     block = attention.splash_block(16_384, 1)

@@ -317,10 +317,11 @@ def test_the_cores_of_a_device_share_pairs_of_a_row_and_a_key_head_but_not_one_o
 
 
 def test_no_kernel_is_faster_than_the_matrix_units():
-    for chip, sizes in kernels.SCHEDULED.items():
-        for size, parts in sizes.items():
-            for part, each in parts.items():
-                assert each.block >= 0.99 * kernels.ideal(part, chips.CHIPS[chip], size)
+    for table in (kernels.SCHEDULED, kernels.BALANCED):
+        for chip, sizes in table.items():
+            for size, parts in sizes.items():
+                for part, each in parts.items():
+                    assert each.block >= 0.99 * kernels.ideal(part, chips.CHIPS[chip], size)
 
 
 # -- without the compiler ------------------------------------------------------------------------

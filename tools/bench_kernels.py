@@ -1,7 +1,7 @@
 """Cycles of the splash attention kernels, counted in the compiler's own schedules; needs no TPU.
 
-    python tools/bench_kernels.py                    the table of codellama_jax/kernels.py
-    python tools/bench_kernels.py v5e:512 v6e:1024   these only
+    python tools/bench_kernels.py                               codellama_jax/kernels.py's tables
+    python tools/bench_kernels.py v5e:512 v6e:1024:balanced     these only
 
 libtpu writes the final instruction bundles of every kernel it compiles, one line each. Branches
 skip the pieces that most steps of the grid do not run: with the most matrix products a block of
@@ -31,22 +31,28 @@ TARGET = re.compile(r"empty region (\d+)")
 
 
 def main() -> None:
-    if len(sys.argv) == 4 and sys.argv[1] == "--compile":
-        compile_one(sys.argv[2], int(sys.argv[3]))
+    if len(sys.argv) == 5 and sys.argv[1] == "--compile":
+        compile_one(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
         return
-    asked = sys.argv[1:] or [f"{chip}:{size}" for chip in chips.CHIPS for size in SIZES]
-    for chip, size in (text.split(":") for text in asked):
-        parts = measured(chip, int(size))
+    asked = sys.argv[1:] or [
+        f"{chip}:{size}{order}"
+        for order in ("", ":balanced")
+        for chip in chips.CHIPS
+        for size in SIZES
+    ]
+    for text in asked:
+        chip, size, *order = text.split(":")
+        parts = measured(chip, int(size), context=2 if order == ["balanced"] else 1)
         shown = ", ".join(f'"{name}": {tuple(each)}' for name, each in parts.items())
-        print(f"{chip} {size}: {{{shown}}}", flush=True)
+        print(f"{text}: {{{shown}}}", flush=True)
 
 
-def measured(chip: str, size: int) -> dict[str, kernels.Cycles]:
+def measured(chip: str, size: int, context: int) -> dict[str, kernels.Cycles]:
     """Compiles the kernels in a process of its own: what libtpu writes is set when it starts."""
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         subprocess.run(
-            [sys.executable, __file__, "--compile", chip, str(size)],
+            [sys.executable, __file__, "--compile", chip, str(size), str(context)],
             env=os.environ | {"LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu"},
             check=True,
         )
@@ -99,15 +105,16 @@ def pieces(text: str) -> list[Piece]:
     return found
 
 
-def compile_one(chip: str, size: int) -> None:
-    """Compiles forward and backward of attention for one device of a chip."""
+def compile_one(chip: str, size: int, context: int) -> None:
+    """Compiles forward and backward of attention for one device of a chip; with context > 1 rows
+    are in the order in which as many devices share them."""
     where = chips.Slice.parse(f"{chip}:{SMALLEST[chips.CHIPS[chip].dims]}")
     device = where.topology()[0]
     import jax
     import jax.numpy as jnp
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
-    attend = jax.vmap(attention.splash_kernel(LENGTH, size, 1), (0, 0, 0, None))
+    attend = jax.vmap(attention.splash_kernel(LENGTH, size, 1, context), (0, 0, 0, None))
 
     def total(q_KGTH, k_KTH, v_KTH, segments_T):
         o_KGTH = attend(q_KGTH, k_KTH, v_KTH, splash.SegmentIds(q=segments_T, kv=segments_T))
