@@ -1,6 +1,7 @@
 """Many processes, for real: what they train, how they end, and what the next ones find."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,20 +94,26 @@ def test_a_signal_saves_first_and_the_run_goes_on_bit_for_bit(alone, programs, t
 
 # -- many ----------------------------------------------------------------------------------------
 @pytest.mark.slow
-def test_four_processes_then_two_then_one_train_what_one_does(alone, programs, tmp_path):
-    """Each but the last is told to stop by a signal to one of its processes."""
-    workdir = new_workdir(tmp_path / "workdir")
-    for number, at in ((4, 3), (2, 17)):
-        told = {f"p{number - 1}": {"SIGNAL_AT": f"{at}:SIGTERM"}}
-        processes, logs = start(number, stage(), workdir, programs, **told)
-        codes = ended(processes)
-        assert codes == [128 + signal.SIGTERM] * number, texts(logs)
-        step = int(checkpoint.find(workdir / "code").name)
-        assert at <= step < STEPS
-        assert all(f"ends at step {step} of {STEPS} by SIGTERM" in x.read_text() for x in logs)
-    log = tmp_path / "log"
-    assert ended([own.start(stage(), workdir, programs, log)]) == [0], log.read_text()[-3_000:]
-    assert_as_alone(workdir / "code", alone)
+def test_what_four_processes_write_one_and_two_go_on_from(alone, programs, tmp_path):
+    """All train what one does. Each but the last is told to stop by a signal to one of them."""
+    written, copied = tmp_path / "written" / "workdir", tmp_path / "copied" / "workdir"
+    interrupted(new_workdir(written), 4, 3, programs)
+    shutil.copytree(written, copied)
+    interrupted(copied, 2, 17, programs)
+    for workdir in (written, copied):
+        log = workdir.parent / "log"
+        assert ended([own.start(stage(), workdir, programs, log)]) == [0], log.read_text()[-3_000:]
+        assert_as_alone(workdir / "code", alone)
+
+
+def interrupted(workdir: Path, number: int, at: int, programs: str) -> None:
+    """Trains on `number` processes; a signal to the last, behind step `at`, stops them all."""
+    told = {f"p{number - 1}": {"SIGNAL_AT": f"{at}:SIGTERM"}}
+    processes, logs = start(number, stage(), workdir, programs, **told)
+    assert ended(processes) == [128 + signal.SIGTERM] * number, texts(logs)
+    step = int(checkpoint.find(workdir / "code").name)
+    assert at <= step < STEPS
+    assert all(f"ends at step {step} of {STEPS} by SIGTERM" in x.read_text() for x in logs)
 
 
 @pytest.mark.slow
@@ -123,11 +130,18 @@ def test_a_killed_process_ends_the_others_and_the_restart_is_bit_for_bit(alone, 
     assert victim == -signal.SIGKILL and survivor not in (0, -signal.SIGKILL), texts(logs)
     assert "process 1 of 2 on " in logs[0].read_text(), texts(logs)
     assert "ended without a word. The last checkpoint is sound" in logs[0].read_text()
+    compiled = steps_in(programs)
     processes, logs = start(2, split, killed, programs, devices=1)
     assert ended(processes) == [0, 0], texts(logs)
     assert lines(killed / "code") == lines(whole / "code")
     assert_equal(weights(killed / "code"), weights(whole / "code"))
     assert goodput.summary(goodput.read(killed / "code")).calls == 2
+    assert compiled and steps_in(programs) == compiled  # the restart found the step in the cache
+
+
+def steps_in(programs: str) -> set[str]:
+    """The compiled training steps in JAX's cache."""
+    return {path.name for path in Path(programs).glob("jit_train_step-*-cache")}
 
 
 @pytest.mark.slow
