@@ -203,7 +203,7 @@ def use_cpu() -> None:
 
 def prepare(workdir: Path, code_dirs: list[str], tokenizer_file: str | None):
     """The tokenizer and the corpus of the run; made once, then found."""
-    from codellama_jax import tokenizer, whole
+    from codellama_jax import tokenizer, tokenizer_train, whole
     from codellama_jax.data import pipeline, sources
     from codellama_jax.data.inputs import Input
 
@@ -221,7 +221,7 @@ def prepare(workdir: Path, code_dirs: list[str], tokenizer_file: str | None):
         print("Reading and cleaning the corpus (about 15 s)", flush=True)
         if theirs is None and not path.exists():
             texts = pipeline.training_texts(folder, request, TOKENIZER_TEXTS)
-            tokenizer.train(texts, VOCAB_SIZE, path)
+            tokenizer_train.train(texts, VOCAB_SIZE, path)
     if theirs is not None:
         if path.exists():
             check(

@@ -10,7 +10,8 @@ from convert_fixture import GQA, write
 
 from codellama_jax import convert, prompts
 from codellama_jax.convert import hf_tokenizer, vocabulary
-from codellama_jax.tokenizer import Tokenizer, train
+from codellama_jax.tokenizer import Tokenizer
+from codellama_jax.tokenizer_train import train
 
 TEXTS = [
     "", " ", "  ", "Hello", " Hello", "  a", "\n", "\r\n", "\tx", "    return x", "x = 12345",

@@ -9,7 +9,8 @@ from convert_fixture import DTYPES, GQA, MHA, leaves, random_params, write
 import codellama_jax
 from codellama_jax import convert, prompts
 from codellama_jax.convert import huggingface, pth, table, weights
-from codellama_jax.tokenizer import Tokenizer, train
+from codellama_jax.tokenizer import Tokenizer
+from codellama_jax.tokenizer_train import train
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("default")  # theirs

@@ -25,6 +25,7 @@ from codellama_jax import (
     request,
     sharding,
     state,
+    tokenizer_train,
 )
 from codellama_jax import tokenizer as tokenizers
 from codellama_jax.request import Sampling
@@ -47,7 +48,7 @@ CODE = Path(json.__file__).parent / "decoder.py"  # text that every Python has
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    tokenizers.train([CODE.read_text()], V, path)
+    tokenizer_train.train([CODE.read_text()], V, path)
     return tokenizers.Tokenizer(path)
 
 

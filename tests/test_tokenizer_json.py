@@ -10,7 +10,8 @@ from test_tokenizer import TEXTS, check, texts
 
 from codellama_jax import prompts, tokenizer_json
 from codellama_jax.convert import hf_tokenizer, vocabulary
-from codellama_jax.tokenizer import INFILLING_PIECES, Tokenizer, beside, train
+from codellama_jax.tokenizer import INFILLING_PIECES, Tokenizer, beside
+from codellama_jax.tokenizer_train import train
 
 library = pytest.importorskip("tokenizers")
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
