@@ -153,8 +153,9 @@ def span(each: schedule.Collective, places: list, slices: list, where: chips.Sli
 
 
 def seconds(each: Report, chip: chips.Chip) -> float:
+    """Of the bytes that one device sends; the devices of a chip share its links."""
     speed = each["links"] * chip.link_gbs or chip.dcn_gbs
-    return each["wire_bytes"] / (speed * 1e9)
+    return each["wire_bytes"] * chip.devices / (speed * 1e9)
 
 
 def collectives(facts: Report, chip: chips.Chip) -> list[Report]:

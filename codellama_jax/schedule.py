@@ -34,6 +34,8 @@ CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 CONSTANT = re.compile(r" [su]32\[\][^ ]* constant\((\d+)\)")  # u32: loops over shards
 BLOCK = re.compile(r'block_q(?:_d\w+)?\\*": *(\d+)')  # as splash attention notes it
 CHANNEL = re.compile(r"channel_id=(\d+)")
+BESIDE = ("async-start", "call-start")  # what they call runs beside what follows; on a sparse core
+ENDED = re.compile(r'\}(, execution_thread="\w+")?')
 SCATTERED = re.compile(r"all-reduce-scatter")  # the compiler's name of a reduce-scatter
 
 
@@ -108,8 +110,8 @@ def read(text: str, rounds: int | None = None) -> list[Region]:
                     seen.add((region.name, key))
                     region.collectives.append(found)
                 continue
-            if op in ("fusion", "call", "conditional", "async-start", "custom-call"):
-                overlapped = asynchronous or op == "async-start" or "async" in match[1]
+            if op in ("fusion", "call", "conditional", "custom-call", *BESIDE):
+                overlapped = asynchronous or op in BESIDE or "async" in match[1]
                 inner = within_fusion or op != "call" and op != "conditional"
                 for called in callees(body):
                     walk(called, region, inner, overlapped)
@@ -123,7 +125,7 @@ def read(text: str, rounds: int | None = None) -> list[Region]:
 def split(text: str) -> tuple[dict[str, list[str]], str | None]:
     """The lines of each computation by name, and the name of the entry.
 
-    A computation ends with a line that is exactly "}": kernels hold lines that only begin so.
+    A computation ends with a line of "}" and where it runs: kernels hold lines that only begin so.
     """
     computations: dict[str, list[str]] = {}
     entry, lines = None, None
@@ -133,7 +135,7 @@ def split(text: str) -> tuple[dict[str, list[str]], str | None]:
             if match:
                 lines = computations.setdefault(match[2], [])
                 entry = match[2] if match[1] else entry
-        elif line == "}":
+        elif ENDED.fullmatch(line):
             lines = None
         elif lines and not line.startswith("  "):  # an attribute that holds line breaks
             lines[-1] += line

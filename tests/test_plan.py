@@ -119,6 +119,36 @@ def test_a_collective_begun_before_a_loop_moves_in_the_loop_too():
         assert [each.kind for each in region.collectives].count("all-gather") == 1
 
 
+OFFLOADED = """\
+%called_computation.1 (p0: bf16[64,128], p1: token[]) -> bf16[1024,128] {
+  ROOT %all-gather.8 = bf16[1024,128]{1,0} all-gather(%p0), channel_id=8, \
+replica_groups=[16,16]<=[256], dimensions={0}
+}, execution_thread="sparsecore"
+
+%body (state"""
+OFFLOADS = """
+  %all-gather.9.cloned.1.call-start = ((bf16[64,128]{1,0}, token[]), bf16[1024,128]{1,0}) \
+call-start(%v, %t), async_execution_thread="sparsecore", to_apply=%called_computation.1
+  %all-gather.9.cloned.1.call-done = bf16[1024,128]{1,0} \
+call-done(%all-gather.9.cloned.1.call-start)
+  ROOT %next ="""
+
+
+def test_a_collective_of_a_sparse_core_runs_beside_the_others():
+    """As on tpu7x."""
+    text = HLO.replace("%body (state", OFFLOADED, 1).replace("\n  ROOT %next =", OFFLOADS, 1)
+    _, loop = schedule.read(text)
+    assert loop.cycles == 1_030  # the computation that follows is read as before
+    (gather,) = [each for each in loop.collectives if len(each.group) == 16]
+    assert (gather.kind, gather.asynchronous) == ("all-gather", True)
+    assert gather.wire_bytes == 1_024 * 128 * 2 * 15 / 16
+
+
+def test_the_devices_of_a_chip_share_its_links():
+    each = {"links": 2.0, "wire_bytes": 200e9}
+    assert estimate.seconds(each, chips.CHIPS["tpu7x"]) == 2.0  # two devices, links of 100 GB/s
+
+
 def test_a_text_that_is_no_schedule_is_refused():
     with pytest.raises(ValueError, match="no scheduled HLO module"):
         schedule.read(HLO.replace("is_scheduled=true", ""))
