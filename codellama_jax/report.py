@@ -9,12 +9,11 @@ in results.Results. What was not run is said to be so.
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
-from codellama_jax import config, metrics, plots, results, whole
+from codellama_jax import metrics, plots, results, tables, whole
 from codellama_jax.evals.heldout import ByPosition
-from codellama_jax.evals.infilling import Middles, Problem
+from codellama_jax.evals.infilling import Problem
 
 CONTEXT_LINES = 8  # shown on each side of an infill
 GENERATED_LINES = 6  # of an infill
@@ -56,7 +55,7 @@ def markdown(run: results.Results, history: dict[str, list[dict]]) -> str:
         _opening(run),
         "## Loss of every stage",
         "![Loss of every stage](losses.png)",
-        _table(*stage_table(run.stages, history)),
+        _markdown(tables.stages(run.stages, history)),
         _note_on_stages(),
         "## Long context",
         *(_long_context(run.long_context) if run.long_context else _not_run(run, "long_context")),
@@ -81,30 +80,6 @@ def _opening(run: results.Results) -> str:
         f"({model.num_layers} layers of width {model.dim}, vocabulary {model.vocab_size:,}); all "
         f"stages together read {tokens / 1e6:,.1f} million tokens.{took}"
     )
-
-
-def stage_table(
-    stages: Sequence[config.Stage], history: dict[str, list[dict]]
-) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: one row per stage and corpus, with the held-out loss before and after."""
-    header = ["stage", "starts from", "tokens", "tokens/s", "corpus", "before", "after", "change"]
-    rows = []
-    for stage in stages:
-        judged = [line["heldout"] for line in history[stage.name] if "heldout" in line]
-        speeds = [line["tokens_per_second"] for line in history[stage.name] if "loss" in line]
-        speed = sorted(speeds)[len(speeds) // 2] if speeds else None
-        first = [
-            stage.name,
-            stage.start_from or "nothing",
-            f"{stage.tokens / 1e6:,.2f} M",
-            f"{speed:,.0f}" if speed else "-",
-        ]
-        for name in judged[0] if judged else []:
-            before, after = judged[0][name], judged[-1][name]
-            losses = [name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"]
-            rows.append(first + losses)
-            first = [""] * 4
-    return header, rows
 
 
 def _note_on_stages() -> str:
@@ -138,9 +113,9 @@ def _infilling(run: results.Results) -> list[str]:
         f"of {middles.documents} documents.",
         _infilling_words(run),
         "![Infilling](infilling.png)",
-        _table(*match_table(infilling)),
-        _table(*bits_table(middles)),
-        _table(*gain_table(middles)),
+        _markdown(tables.matches(infilling)),
+        _markdown(tables.bits(middles)),
+        _markdown(tables.gains(middles)),
         f"{how} Generated in SPM, greedily.",
         *[block for number in shown for block in _infill(infilling, number)],
     ]
@@ -150,34 +125,6 @@ def _infilling_words(run: results.Results) -> str:
     name = run.infilling.stage
     model, tokens = run.stage(name).model, run.tokens_of(name)
     return results.infilling_words(run.infilling, model, tokens)
-
-
-def match_table(infilling: results.Infilling) -> tuple[list[str], list[list[str]]]:
-    header = ["exact match", "the line", "but for space around it", "first line of what it wrote"]
-    rows = [
-        [name, f"{match.exact:.1%}", f"{match.stripped:.1%}", f"{match.first_line:.1%}"]
-        for name, match in (("PSM", infilling.psm), ("SPM", infilling.spm))
-    ]
-    return header, rows
-
-
-def bits_table(middles: Middles) -> tuple[list[str], list[list[str]]]:
-    header = ["given", "bits per byte", "95% interval", "end of the line (EOT), nats"]
-    rows = []
-    for form, name in plots.FORMS.items():
-        bits, end = middles.bits_per_byte[form], middles.eot_nats.get(form)
-        interval = f"{bits.low:.3f} to {bits.high:.3f}"
-        rows.append([name, f"{bits.mean:.3f}", interval, "-" if end is None else f"{end:.2f}"])
-    return header, rows
-
-
-def gain_table(middles: Middles) -> tuple[list[str], list[list[str]]]:
-    header = ["the right suffix saves", "bits per byte", "95% interval"]
-    rows = [
-        [name, f"{gain.mean:+.4f}", f"{gain.low:+.4f} to {gain.high:+.4f}"]
-        for name, gain in ((label, middles.gain[key]) for key, label in plots.GAINS.items())
-    ]
-    return header, rows
 
 
 def _infill(infilling: results.Infilling, number: int) -> list[str]:
@@ -245,17 +192,16 @@ def show(run: results.Results, path: Path | None = None) -> None:
         console.print(Text(text, style="bold"))
 
     head("Held-out loss of every stage, nats per token")
-    header, rows = stage_table(run.stages, read_history(run))
-    shown = [0, 2, 4, 5, 6, 7]  # what fits a terminal: not the parent, not tokens/s
-    console.print(_rich([header[i] for i in shown], [[row[i] for i in shown] for row in rows]))
+    stages = tables.stages(run.stages, read_history(run))
+    console.print(_rich(stages.without("starts from", "tokens/s")))  # what fits a terminal
     if run.long_context:
         head("Long context")
         say(results.long_context_words(run.long_context))
     if run.infilling:
         infilling = run.infilling
         head(f"Infilling of {infilling.middles.problems} held-out lines")
-        console.print(_rich(*bits_table(infilling.middles)))
-        console.print(_rich(*gain_table(infilling.middles)))
+        console.print(_rich(tables.bits(infilling.middles)))
+        console.print(_rich(tables.gains(infilling.middles)))
         say(_infilling_words(run))
         shown, _ = results.examples(infilling, count=1)
         say(infill_text(infilling.problems[shown[0]], infilling.spm.generated[shown[0]]))
@@ -269,31 +215,25 @@ def show(run: results.Results, path: Path | None = None) -> None:
         console.print(Text(f"The whole report: {path}", style="bold"))
 
 
-def _rich(header: list[str], rows: list[list[str]]):
+def _rich(table: tables.Table):
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
-    numbers = [all(_is_number(row[i]) for row in rows) for i in range(len(header))]
-    for name, right in zip(header, numbers, strict=True):
-        table.add_column(name, justify="right" if right else "left")
-    for row in rows:
-        table.add_row(*[Text(cell) for cell in row])
-    table.caption = " "
-    return table
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
+    for name, number in zip(table.header, table.numbers(), strict=True):
+        made.add_column(name, justify="right" if number else "left")
+    for row in table.rows:
+        made.add_row(*[Text(cell) for cell in row])
+    made.caption = " "
+    return made
 
 
 # -- text ----------------------------------------------------------------------------------------
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    numbers = [all(_is_number(row[i]) for row in rows) for i in range(len(header))]
-    lines = [header, ["--:" if number else "---" for number in numbers], *rows]
-    return "\n".join("| " + " | ".join(cell for cell in line) + " |" for line in lines)
-
-
-def _is_number(cell: str) -> bool:
-    return not cell or cell == "-" or cell[0] in "+-0123456789"
+def _markdown(table: tables.Table) -> str:
+    rules = ["--:" if number else "---" for number in table.numbers()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (table.header, rules, *table.rows))
 
 
 def _fenced(text: str) -> str:

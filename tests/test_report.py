@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from codellama_jax import config, plots, report, results
+from codellama_jax import config, plots, report, results, tables
 from codellama_jax.evals.bootstrap import Interval
 from codellama_jax.evals.heldout import ByPosition
 from codellama_jax.evals.infilling import GAINS, ExactMatch, Middles, Problem
@@ -127,7 +127,7 @@ def test_a_picture_that_fails_leaves_no_report_and_no_half_file(run, tmp_path, m
 
 
 def test_held_out_losses_stand_before_and_after_each_stage(run):
-    header, rows = report.stage_table(run.stages, report.read_history(run))
+    header, rows = tables.stages(run.stages, report.read_history(run))
     assert header[-4:] == ["corpus", "before", "after", "change"]
     assert [row[0] for row in rows] == ["code", "", "long_context", ""]
     assert rows[0][-4:] == ["code", "6.000", "4.250", "-1.750"]
