@@ -16,7 +16,7 @@ OF_CHIP: dict[str, Options] = {
     "v4": {},
     "v5e": {VMEM_KIB: "32768"},
     "v5p": {VMEM_KIB: "32768"},
-    "v6e": {VMEM_KIB: "65536"},
+    "v6e": {VMEM_KIB: "98304"},
     "tpu7x": {VMEM_KIB: "32768"},
 }
 

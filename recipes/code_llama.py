@@ -59,13 +59,15 @@ LONG_STEPS = {    # sec. 2.6
 # bytes and seconds, and what else was tried. Ours.
 LAYOUTS = {       # size, rows of a batch, row length: slice
     ("7b", 1_024, 4_096): {
-        "v5e:16x16": Layout(microbatches=4, remat="dots", loss_chunk=4_096),
+        "v4:4x4x4": Layout(data=2, fsdp=32, microbatches=8, remat="dots", loss_chunk=4_096),
+        "v5e:16x16": Layout(data=4, fsdp=64, microbatches=4, remat="dots", loss_chunk=4_096),
         "v5p:4x4x4": Layout(data=4, fsdp=16, microbatches=4, remat="dots", loss_chunk=4_096),
+        "tpu7x:4x4x4": Layout(data=8, fsdp=16, microbatches=2, remat="dots", loss_chunk=4_096),
         "2xv5e:16x16": Layout(data=2, microbatches=2, remat="dots", loss_chunk=4_096),
         "v6e:16x16": Layout(microbatches=2, remat="dots", loss_chunk=4_096),
     },
     ("7b", 128, 16_384): {
-        "v5e:16x16": Layout(tensor=2, remat="attention", loss_chunk=4_096),
+        "v5e:16x16": Layout(context=2, remat="attention", loss_chunk=4_096),
         "v5p:4x4x4": Layout(data=4, fsdp=16, microbatches=2, remat="dots", loss_chunk=4_096),
     },
     ("7b", 32, 16_384): {
@@ -73,15 +75,19 @@ LAYOUTS = {       # size, rows of a batch, row length: slice
         "v5p:4x4x4": Layout(data=4, context=2, remat="dots", loss_chunk=4_096),
     },
     ("13b", 1_024, 4_096): {
-        "v5e:16x16": Layout(microbatches=4, remat="attention", loss_chunk=4_096),
+        "v5e:16x16": Layout(
+            data=4, fsdp=64, microbatches=4, remat="attention", loss_chunk=4_096
+        ),
         "v5p:4x4x4": Layout(data=2, fsdp=32, microbatches=4, remat="dots", loss_chunk=4_096),
     },
     ("13b", 128, 16_384): {
-        "v5e:16x16": Layout(context=4, microbatches=2, remat="attention", loss_chunk=4_096),
+        "v5e:16x16": Layout(
+            data=4, fsdp=16, context=4, microbatches=2, remat="attention", loss_chunk=4_096
+        ),
         "v5p:4x4x4": Layout(data=2, fsdp=32, microbatches=2, remat="dots", loss_chunk=4_096),
     },
     ("13b", 32, 16_384): {
-        "v5e:16x16": Layout(context=8, remat="dots", loss_chunk=4_096),
+        "v5e:16x16": Layout(data=4, context=8, remat="dots", loss_chunk=4_096),
         "v5p:4x4x4": Layout(data=4, context=2, remat="dots", loss_chunk=4_096),
     },
     ("34b", 1_024, 4_096): {
@@ -89,7 +95,7 @@ LAYOUTS = {       # size, rows of a batch, row length: slice
         "v5p:4x4x8": Layout(data=4, fsdp=32, microbatches=4, remat="dots", loss_chunk=4_096),
     },
     ("34b", 64, 16_384): {
-        "v5e:16x16": Layout(context=4, loss_chunk=4_096),
+        "v5e:16x16": Layout(context=4, remat="attention", loss_chunk=4_096),
         "v5p:4x4x8": Layout(data=4, fsdp=16, context=2, remat="dots", loss_chunk=4_096),
     },
     ("34b", 32, 16_384): {
