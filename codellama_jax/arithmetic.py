@@ -11,6 +11,8 @@ SPARED = 0.9  # share of the memory that arithmetic may fill
 SPLITS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (4, 1), (8, 1))  # (tensor, context); 8 K/V heads
 PRODUCTS = 0.8  # share of the peak of matrix products with what is fused to them
 ATTENTION = 0.65  # of attention kernels
+COPIES = 1.2  # of the products' time, where a device's part of a weight is no whole tiles
+TILE = 16  # rows, in 16 bits
 MATRIX_PRODUCTS = 9  # of T x T x H for a row and head: 2 forward, 7 backward
 
 
@@ -37,30 +39,38 @@ def kept(model: config.Model, remat: str) -> int:
     """Bytes per token and layer that are kept for the backward pass, in 16 bits each."""
     D, F = model.dim, model.ffn_dim
     heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim  # q, k, v, output
-    return 2 * {
+    widths = {
         "full": D,
+        "output": D + model.num_heads * model.head_dim,
         "attention": D + heads,
         "dots": D + heads + 2 * D + 2 * F,
         "none": 8 * D + heads + 4 * F,
-    }.get(remat, D + heads)
+    }
+    return 2 * widths[remat]
 
 
 def seconds(stage: config.Stage, where: chips.Slice) -> float:
     """Seconds of a step with the stage's layout, roughly."""
     model, layout, chip = stage.model, stage.layout, where.chip
     peak, tokens = chip.peak_tflops * 1e12 * where.chips, stage.data.batch_tokens
-    again = {"full": 2.0, "attention": 1.6, "dots": 0.0, "none": 0.0}.get(layout.remat, 1.6)
+    again = {"attention": 1.6, "dots": 0.0, "none": 0.0}.get(layout.remat, 2.0)
     weights = model.num_layers * layer_weights(model)
     products = (6 + again) * weights + 6 * model.dim * model.vocab_size
     kernel = MATRIX_PRODUCTS + 2 * (layout.remat == "full")
+    data, fsdp = ways(stage, where)
+    shards = fsdp * layout.context
+    if model.dim // shards % TILE:
+        products *= COPIES
     scores = kernel * model.num_layers * model.num_heads * model.head_dim * stage.data.seq_len
     compute = tokens * (products / PRODUCTS + scores / ATTENTION) / peak
     link = 2 * chip.dims * chip.link_gbs * 1e9 / chip.devices
     gathered = 2 * layout.microbatches * 2 * weights / layout.tensor / link
-    reduced = layout.microbatches * 2 * weights / layout.tensor / link
-    data, fsdp = ways(stage, where)
+    # over all chips of a flat slice gradients travel as all-reduces, which send them twice
+    sent = 2 if chip.dims == 2 and shards * where.count == where.chips else 1
+    reduced = sent * layout.microbatches * 2 * weights / layout.tensor / link
     share = tokens / (data * fsdp) / layout.context  # of a group of tensor devices
-    split = 8 * model.num_layers * share * model.dim * 2 * (1 - 1 / layout.tensor) / link
+    neighbours = chip.link_gbs * 1e9 / chip.devices  # a tensor group lies on a line
+    split = 8 * model.num_layers * share * model.dim * 2 * (1 - 1 / layout.tensor) / neighbours
     return compute + max(0.0, gathered - compute) + reduced + split
 
 
@@ -127,14 +137,13 @@ def candidates(stage: config.Stage, where: chips.Slice) -> list[config.Layout]:
     found = []
     for tensor, context in SPLITS:
         inside = where.devices // where.count // (tensor * context)
-        replicas = (1,) if where.chip.dims == 2 else (1, 2, 4, 8)
-        for data in {where.count * n for n in replicas}:
+        for data in {where.count * n for n in (1, 2, 4, 8)}:
             fsdp = max(1, inside * where.count // data)
             most = stage.data.rows_per_batch // (data * fsdp)
             for microbatches in {n for n in (1, 2, 4, 8, 16, most) if 1 <= n <= most}:
                 if stage.data.rows_per_batch % microbatches:
                     continue
-                for remat in ("full", "attention", "dots"):
+                for remat in ("full", "output", "attention", "dots"):
                     layout = replace(
                         stage.layout, data=data, fsdp=fsdp, tensor=tensor, context=context,
                         microbatches=microbatches, remat=remat,

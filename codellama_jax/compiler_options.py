@@ -1,4 +1,4 @@
-"""What XLA is told beyond its defaults when it compiles a training step, by kind of device.
+"""What XLA is told beyond its defaults when it compiles a training step, by chip and width.
 
 The options go to `jax.jit(..., compiler_options=...)` of this one program, never into the
 environment, so nothing else on the machine is compiled otherwise. tools/check_options.py compares
@@ -14,11 +14,14 @@ VMEM_KIB = "xla_tpu_scoped_vmem_limit_kib"
 
 OF_CHIP: dict[str, Options] = {
     "v4": {},
-    "v5e": {VMEM_KIB: "32768"},
+    "v5e": {VMEM_KIB: "32768"},  # of narrow models, see OF_WIDE
     "v5p": {VMEM_KIB: "32768"},
     "v6e": {VMEM_KIB: "98304"},
     "tpu7x": {VMEM_KIB: "32768"},
 }
+# 34B on v5e gains another 3%, and takes 420 instead of 160 CPU seconds to compile.
+WIDE = 8_192  # of the model, from here on
+OF_WIDE: dict[str, Options] = {"v5e": {VMEM_KIB: "65536"}}
 
 KINDS = {  # as JAX names the devices
     "TPU v4": "v4",
@@ -29,6 +32,11 @@ KINDS = {  # as JAX names the devices
 }
 
 
-def of_device(kind: str) -> Options:
+def of_chip(chip: str, dim: int) -> Options:
+    """The options for a chip of chips.CHIPS and a model of this width."""
+    return OF_WIDE.get(chip, OF_CHIP[chip]) if dim >= WIDE else OF_CHIP[chip]
+
+
+def of_device(kind: str, dim: int) -> Options:
     """The options for devices of a kind (`device.device_kind`); none for other than these TPUs."""
-    return OF_CHIP.get(KINDS.get(kind, ""), {})
+    return of_chip(KINDS[kind], dim) if kind in KINDS else {}

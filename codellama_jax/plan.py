@@ -37,7 +37,7 @@ def plan(
     `quick` compiles with least effort, for the bytes: such a report has no times. Raises ValueError
     when the stage does not divide or fit, with what would.
     """
-    facts = compiled(canonical(stage), where, told(where, quick), cache or cache_folder())
+    facts = compiled(canonical(stage), where, told(stage, where, quick), cache or cache_folder())
     check("too_big" not in facts, too_big(stage, where, facts))
     report = {
         "stage": stage.name,
@@ -57,9 +57,9 @@ def plan(
     return report
 
 
-def told(where: chips.Slice, quick: bool = False) -> dict:
+def told(stage: config.Stage, where: chips.Slice, quick: bool = False) -> dict:
     """What the compiler is told: what training tells it, or for bytes only to make no effort."""
-    return QUICK if quick else compiler_options.OF_CHIP[where.chip.name]
+    return QUICK if quick else compiler_options.of_chip(where.chip.name, stage.model.dim)
 
 
 # -- compiling -----------------------------------------------------------------------------------

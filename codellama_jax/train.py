@@ -83,7 +83,9 @@ def train(stage: config.Stage, workdir: epath.PathLike) -> state.Params:
         train_step = jax.jit(
             step.make_train_step(stage, platform),
             donate_argnums=0,
-            compiler_options=compiler_options.of_device(mesh.devices.flat[0].device_kind),
+            compiler_options=compiler_options.of_device(
+                mesh.devices.flat[0].device_kind, stage.model.dim
+            ),
         )
         record = opened.enter_context(Record(folder, stage, start, list(mesh.devices.flat)))
         opened.enter_context(jax.set_mesh(mesh))

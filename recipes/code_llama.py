@@ -63,7 +63,7 @@ LAYOUTS = {       # size, rows of a batch, row length: slice
         "v5e:16x16": Layout(data=4, fsdp=64, microbatches=4, remat="dots", loss_chunk=4_096),
         "v5p:4x4x4": Layout(data=4, fsdp=16, microbatches=4, remat="dots", loss_chunk=4_096),
         "tpu7x:4x4x4": Layout(data=8, fsdp=16, microbatches=2, remat="dots", loss_chunk=4_096),
-        "2xv5e:16x16": Layout(data=2, microbatches=2, remat="dots", loss_chunk=4_096),
+        "2xv5e:16x16": Layout(data=8, fsdp=64, microbatches=2, remat="dots", loss_chunk=4_096),
         "v6e:16x16": Layout(microbatches=2, remat="dots", loss_chunk=4_096),
     },
     ("7b", 128, 16_384): {
@@ -91,7 +91,7 @@ LAYOUTS = {       # size, rows of a batch, row length: slice
         "v5p:4x4x4": Layout(data=4, context=2, remat="dots", loss_chunk=4_096),
     },
     ("34b", 1_024, 4_096): {
-        "v5e:16x16": Layout(microbatches=4, loss_chunk=4_096),
+        "v5e:16x16": Layout(microbatches=4, remat="output", loss_chunk=4_096),
         "v5p:4x4x8": Layout(data=4, fsdp=32, microbatches=4, remat="dots", loss_chunk=4_096),
     },
     ("34b", 64, 16_384): {

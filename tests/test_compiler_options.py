@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from codellama_jax import chips, compiler_options, plan
+from codellama_jax import chips, compiler_options, config, plan
+from recipes import code_llama
 
 SMALLEST = {chip.name: "2x2" if chip.dims == 2 else "2x2x1" for chip in chips.CHIPS.values()}
 TOOL = Path(__file__).parents[1] / "tools" / "check_options.py"
@@ -17,17 +18,18 @@ TOOL = Path(__file__).parents[1] / "tools" / "check_options.py"
 
 def test_every_chip_has_its_options_and_other_devices_have_none():
     assert set(compiler_options.OF_CHIP) == set(chips.CHIPS)
-    assert compiler_options.of_device("cpu") == {}
-    assert compiler_options.of_device("NVIDIA H100 80GB HBM3") == {}
+    assert compiler_options.of_device("cpu", 4_096) == {}
+    assert compiler_options.of_device("NVIDIA H100 80GB HBM3", 8_192) == {}
 
 
+@pytest.mark.parametrize("size", ["7b", "34b"])
 @pytest.mark.parametrize("chip", chips.CHIPS)
-def test_the_compiler_of_a_chip_knows_its_options_and_training_finds_them(chip):
+def test_the_compiler_of_a_chip_knows_its_options_and_training_finds_them(chip, size):
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install codellama_jax[aot]")
     where = chips.Slice.parse(f"{chip}:{SMALLEST[chip]}")
     device = where.topology()[0]
-    options = compiler_options.of_device(device.device_kind)
-    assert options == plan.told(where)
+    options = compiler_options.of_device(device.device_kind, config.SIZES[size].dim)
+    assert options == plan.told(code_llama.stages(size)["code"], where)
     place = jax.sharding.SingleDeviceSharding(device)
     x_DD = jax.ShapeDtypeStruct((1_024, 1_024), jnp.bfloat16, sharding=place)
     program = jax.jit(lambda x_DD: x_DD @ x_DD, compiler_options=options).lower(x_DD).compile()

@@ -167,7 +167,7 @@ def reference():
 
 
 @pytest.mark.parametrize(
-    "remat, scan", [("full", True), ("dots", True), ("attention", True), ("full", False)]
+    "remat, scan", [*((name, True) for name in model.REMAT if name != "none"), ("full", False)]
 )
 def test_recomputing_and_unrolling_change_neither_loss_nor_gradients(remat, scan):
     got = loss_and_grads(tiny.FLOAT32._replace(remat=remat, scan=scan), params())

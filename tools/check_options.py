@@ -31,7 +31,7 @@ def main() -> None:
     with launch.refusals():
         device = jax.devices()[0]
         options = dict(parsed(pair) for pair in args.option)
-        options = options or compiler_options.of_device(device.device_kind)
+        options = options or compiler_options.of_device(device.device_kind, args.dim)
         config.check(
             options, f"no options are set for {device.device_kind}: name some with --option"
         )

@@ -308,7 +308,7 @@ def staleness(size: str, stage: config.Stage, where: chips.Slice, row: dict | No
     if row is None:
         return "missing"
     cache = plan.cache_folder()
-    program = plan.program(plan.canonical(stage), where, plan.told(where), cache)[0]
+    program = plan.program(plan.canonical(stage), where, plan.told(stage, where), cache)[0]
     if row["program"] != program:
         return "other program"
     if plan.load(cache / f"{program}.json") is None:  # to compile it would show nothing new
