@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import orbax.checkpoint.checkpoint_managers as policies
 from etils import epath
 
-from codellama_jax import config, state, stop, tokenizer
+from codellama_jax import bits, config, state, stop, tokenizer
 from codellama_jax.config import check
 
 ITEMS = ("params", "opt_state", "recipe")
@@ -64,7 +64,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         arrays = {"params": train_state.params, "opt_state": train_state.opt_state}
-        recipe = recipe | {"checksums": checksums(arrays)}
+        recipe = recipe | {"checksums": bits.checksums(arrays)}
         with _writable(self.folder):  # or the one before, which was still being written
             self._manager.save(
                 step,
@@ -265,6 +265,21 @@ def check_params(params: Any, step: epath.Path) -> None:
         proof.check_params(params, known, step)
 
 
+def check_bits(tree: Any, step: epath.Path) -> None:
+    """Raises ValueError unless the arrays are those that were written; old ones cannot tell."""
+    written = read_recipe(step).get("checksums") if (step / "recipe").exists() else None
+    if not written:
+        return
+    now = bits.checksums(tree)
+    wrong = [name for name in now if now[name] != written.get(name)]
+    check(
+        not wrong,
+        f"the checkpoint {step} is damaged: {', '.join(wrong[:3])}{' ...' * (len(wrong) > 3)} "
+        "hold other bits than were written; restore it from a copy, or remove that folder to use "
+        "the step before it",
+    )
+
+
 def load(
     path: epath.PathLike, mesh: jax.sharding.Mesh | None = None, dtype=None
 ) -> tuple[config.Model, state.Params, epath.Path | None]:
@@ -276,43 +291,3 @@ def load(
     model = read_recipe(step)["model"]
     params = restore_params(step, model, mesh, dtype or _stored_dtype(step))
     return model, params, tokenizer.beside(step.parent)
-
-
-# -- are the bits those that were written? -------------------------------------------------------
-def checksums(tree: Any) -> dict[str, int]:
-    """A checksum of the bits of each array of `tree`, by its path; the same on every mesh.
-
-    Disks and networks change bits, and what stores the chunks does not notice.
-    """
-    sums = jax.device_get(_sums(tree))
-    leaves = jax.tree_util.tree_leaves_with_path(sums)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): int(s) for path, s in leaves}
-
-
-@jax.jit
-def _sums(tree: Any) -> Any:
-    """Bits as integers, times odd numbers that differ by place, summed modulo 2^32."""
-
-    def checksum(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(np.uint32)
-        place = np.uint32(0)
-        for axis, size in enumerate(x.shape):
-            place = place * np.uint32(size) + jax.lax.broadcasted_iota(np.uint32, x.shape, axis)
-        return (bits * (2 * place + 1)).sum(dtype=np.uint32)
-
-    return jax.tree.map(checksum, tree)
-
-
-def check_bits(tree: Any, step: epath.Path) -> None:
-    """Raises ValueError unless the arrays are those that were written; old ones cannot tell."""
-    written = read_recipe(step).get("checksums") if (step / "recipe").exists() else None
-    if not written:
-        return
-    now = checksums(tree)
-    wrong = [name for name in now if now[name] != written.get(name)]
-    check(
-        not wrong,
-        f"the checkpoint {step} is damaged: {', '.join(wrong[:3])}{' ...' * (len(wrong) > 3)} "
-        "hold other bits than were written; restore it from a copy, or remove that folder to use "
-        "the step before it",
-    )

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import spine_fixture as tiny
 
-from codellama_jax import checkpoint, config, lineage, optim, state, step
+from codellama_jax import bits, checkpoint, config, lineage, optim, state, step
 
 STAGE = tiny.stage()
 TX = optim.adamw(STAGE.optim, STAGE.steps)
@@ -264,15 +264,15 @@ def test_a_stage_does_not_go_on_from_damaged_moments(saved, tmp_path):
 # -- bits that changed ---------------------------------------------------------------------------
 def test_checksums_do_not_depend_on_the_mesh_and_see_one_bit():
     trees = [at(3, **axes)._asdict() for axes in ({}, {"fsdp": 4, "tensor": 2}, {"data": 2})]
-    sums = [checkpoint.checksums(tree) for tree in trees]
+    sums = [bits.checksums(tree) for tree in trees]
     assert sums[0] == sums[1] == sums[2]
     one = {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}
     other, swapped = (one["w"].copy() for _ in range(2))
     other.view(np.uint32)[1, 2] ^= 1
     swapped[0, 1], swapped[1, 0] = one["w"][1, 0], one["w"][0, 1]
-    assert len({checkpoint.checksums({"w": w})["w"] for w in (one["w"], other, swapped)}) == 3
+    assert len({bits.checksums({"w": w})["w"] for w in (one["w"], other, swapped)}) == 3
     half = {"w": one["w"].astype(jnp.bfloat16), "count": np.int32(7)}
-    assert set(checkpoint.checksums(half)) == {"w", "count"}
+    assert set(bits.checksums(half)) == {"w", "count"}
 
 
 def test_a_checkpoint_with_other_bits_than_were_written_is_refused(saved, tmp_path):
