@@ -90,8 +90,9 @@ def prefill(
 ) -> Rows:
     """Reads prompts and leaves `room` slots after them.
 
-    The layers of `params` are a list (generate.unstack). T is a bucket; row b has lengths_B[b]
-    tokens, one at least, then padding of any id. Only its last position is turned into logits.
+    The layers of `params` are a list (decode_weights.unstack). T is a bucket; row b has
+    lengths_B[b] tokens, one at least, then padding of any id. Only its last position is turned into
+    logits.
     """
     llama = state.bind(model, params)
     B, T = tokens_BT.shape

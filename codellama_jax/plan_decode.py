@@ -158,7 +158,7 @@ def lower(
 
 
 def abstract_weights(model: config.Model, mesh) -> dict:
-    """bfloat16 weights as shapes, as generate.unstack leaves them: "layers" a list."""
+    """bfloat16 weights as shapes, as decode_weights.unstack leaves them: "layers" a list."""
     import jax
 
     from codellama_jax import state

@@ -260,12 +260,12 @@ class Cell:
 
 def compile_twins(records: bool) -> None:
     """Compares the twin of every layout with docs/pods_twins.json, or writes that anew."""
-    needed = {}
+    needed, known = {}, twins.read(DOCS)
     for size, stage, where in laid_out_stages():
         name = twins.name_of(stage, size, str(where))
-        needed[name] = twins.needs(stage, where)
-        old = needed[name] if records else twins.read(DOCS).get(name)
-        print(twins.compare(name, needed[name], old), flush=True)
+        new = needed[name] = twins.needs(stage, where)
+        said = f"{name}: {new['peak_bytes'] / 2**20:.0f} MiB, {', '.join(new['kinds'])}"
+        print(said if records else twins.compare(name, new, known.get(name)), flush=True)
     if records:
         twins.record(DOCS, needed)
 
