@@ -85,7 +85,9 @@ class CodeLlama:
     ):
         """Copies the stacked weights of `params` layer by layer and into `dtype`, on their devices.
 
-        dtype=None: their own, but bfloat16 for float32 weights on an accelerator.
+        dtype=None: their own, but bfloat16 for float32 weights on an accelerator. Weights that lie
+        layer by layer already are taken as they are. Raises ValueError for another dtype than
+        theirs, and for the tokenizer of another model.
         """
         if tokenizer is not None:
             check(
@@ -97,6 +99,12 @@ class CodeLlama:
         if isinstance(params["layers"], dict):
             own = jax.tree.map(lambda w: w, params)  # unstack empties it
             params = decode_weights.unstack(own, model, dtype)
+        held = params["norm"].dtype.name
+        check(
+            dtype in (None, held),
+            f"dtype={dtype!r}: weights that lie layer by layer stay as they are, {held}; give "
+            f"stacked ones, or load(..., dtype={dtype!r})",
+        )
         self.params, self.mesh = params, decode_weights.mesh_of(params)
 
     # -- ids -----------------------------------------------------------------------------------

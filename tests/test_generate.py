@@ -413,6 +413,7 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(llama, params, tokenizer, 
     refused("cannot infill.*7B", generate.CodeLlama(MODEL, params, bare).infill, "a", "b")
     other = config.replace(MODEL, vocab_size=128)
     refused("has 512 pieces.* 128", generate.CodeLlama, other, params, tokenizer)
+    refused("float32; give stacked", generate.CodeLlama, MODEL, llama.params, dtype="bfloat16")
 
 
 def test_loading_refuses_what_is_no_checkpoint(tmp_path):
