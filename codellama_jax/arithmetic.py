@@ -41,7 +41,6 @@ def kept(model: config.Model, remat: str) -> int:
     heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim  # q, k, v, output
     widths = {
         "full": D,
-        "output": D + model.num_heads * model.head_dim,
         "attention": D + heads,
         "dots": D + heads + 2 * D + 2 * F,
         "none": 8 * D + heads + 4 * F,
@@ -143,7 +142,7 @@ def candidates(stage: config.Stage, where: chips.Slice) -> list[config.Layout]:
             for microbatches in {n for n in (1, 2, 4, 8, 16, most) if 1 <= n <= most}:
                 if stage.data.rows_per_batch % microbatches:
                     continue
-                for remat in ("full", "output", "attention", "dots"):
+                for remat in ("full", "attention", "dots"):
                     layout = replace(
                         stage.layout, data=data, fsdp=fsdp, tensor=tensor, context=context,
                         microbatches=microbatches, remat=remat,

@@ -15,7 +15,7 @@ K = 1_000
 M = 1_000_000
 B = 1_000_000_000
 
-REMAT_POLICIES = ("none", "full", "dots", "attention", "output")
+REMAT_POLICIES = ("none", "full", "dots", "attention")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("auto", "xla", "splash", "cudnn")
 

@@ -27,7 +27,6 @@ REMAT = {  # what a layer keeps for its backward pass; the rest is computed agai
     "dots": POLICIES.save_from_both_policies(  # the kernel is no product: kept by its name
         POLICIES.dots_with_no_batch_dims_saveable, POLICIES.save_only_these_names("attention_out")
     ),
-    "output": POLICIES.save_only_these_names("attention_out"),
     "attention": POLICIES.save_only_these_names("query", "key", "value", "attention_out"),
 }
 

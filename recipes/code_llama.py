@@ -91,7 +91,7 @@ LAYOUTS = {       # size, rows of a batch, row length: slice
         "v5p:4x4x4": Layout(data=4, context=2, remat="dots", loss_chunk=4_096),
     },
     ("34b", 1_024, 4_096): {
-        "v5e:16x16": Layout(microbatches=4, remat="output", loss_chunk=4_096),
+        "v5e:16x16": Layout(microbatches=2, loss_chunk=4_096),
         "v5p:4x4x8": Layout(data=4, fsdp=32, microbatches=4, remat="dots", loss_chunk=4_096),
     },
     ("34b", 64, 16_384): {

@@ -113,7 +113,7 @@ def test_an_optimizer_that_cannot_be_is_refused_with_its_numbers(changes, parts)
 @pytest.mark.parametrize(
     "changes, parts",
     [
-        ({"remat": "some"}, ("remat='some'", "none, full, dots, attention, output")),
+        ({"remat": "some"}, ("remat='some'", "none, full, dots, attention")),
         ({"compute_dtype": "float16"}, ("compute_dtype='float16'", "float32, bfloat16")),
         ({"attention": "flash"}, ("attention='flash'", "auto, xla, splash, cudnn")),
         ({"tensor": 0}, ("tensor=0", "at least 1")),

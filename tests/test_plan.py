@@ -408,7 +408,7 @@ def test_candidates_divide_and_the_promising_come_first(size, name, where):
 @pytest.mark.parametrize(
     "size, where, layout, hint",
     [
-        ("7b", "v5e:16x16", {"remat": "dots"}, "layout.remat=output$"),
+        ("7b", "v5e:16x16", {"remat": "dots"}, "layout.remat=full$"),
         ("34b", "v5e:4x4", {}, "a larger slice, such as v5e:"),
         ("70b", "v5e:16x16", {"remat": "dots"}, "layout.fsdp=.* layout.microbatches=.*"),
     ],
