@@ -21,7 +21,8 @@ from codellama_jax import arithmetic, chips, compiler_options, config, estimate,
 from codellama_jax.config import check
 
 HEADROOM = 0.05  # share of the memory that a layout of a recipe leaves free
-QUICK = {"exec_time_optimization_effort": -1.0}  # for bytes only: the schedule means nothing then
+# Least effort, for bytes only: the schedule means nothing then. As jax 0.10 says it, and 0.12.
+QUICK = ({"exec_time_optimization_effort": -1.0}, {"optimization_level": "O0"})
 SOURCES = (  # what a program is made of; the estimate is made anew each time
     *("attention", "chips", "config", "model", "optim", "plan", "sharding", "state", "step"),
 )
@@ -59,7 +60,14 @@ def plan(
 
 def told(stage: config.Stage, where: chips.Slice, quick: bool = False) -> dict:
     """What the compiler is told: what training tells it, or for bytes only to make no effort."""
-    return QUICK if quick else compiler_options.of_chip(where.chip.name, stage.model.dim)
+    return least_effort() if quick else compiler_options.of_chip(where.chip.name, stage.model.dim)
+
+
+def least_effort() -> dict:
+    """The one of QUICK that this jax knows."""
+    import jax
+
+    return QUICK[0 if hasattr(jax.config, "jax_exec_time_optimization_effort") else 1]
 
 
 # -- compiling -----------------------------------------------------------------------------------
@@ -91,7 +99,7 @@ def compiled(stage: config.Stage, where: chips.Slice, options: dict, cache: Path
     if "too_big" in facts:
         return facts
     text = gzip.decompress((cache / f"{name}.hlo.gz").read_bytes()).decode()
-    rounds = 1 if options == QUICK else None  # times mean nothing there, so neither do trips
+    rounds = 1 if options in QUICK else None  # times mean nothing there, so neither do trips
     return facts | {"program": name, "regions": estimate.regions(text, facts, where, rounds)}
 
 

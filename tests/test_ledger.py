@@ -40,7 +40,7 @@ def test_a_slice_takes_the_layout_of_the_recipe_or_is_refused():
 
     assert laid_out(None) == CODE_7B.layout
     assert laid_out("v5e:16x16") == code_llama.layouts(CODE_7B, "7b")["v5e:16x16"]
-    with pytest.raises(ValueError, match="no layout for slice 'v5e:2x2', only for v5e:16x16, v5p"):
+    with pytest.raises(ValueError, match="no layout for slice 'v5e:2x2', only for v4:4x4x4, v5e"):
         laid_out("v5e:2x2")
 
 

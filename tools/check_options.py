@@ -70,7 +70,7 @@ def parsed(pair: str) -> tuple[str, str | bool]:
 
 
 def small(args) -> config.Stage:
-    """The code stage of 7B in few layers, its rows over all devices."""
+    """The code stage of 7B in few layers, its rows over all devices, recomputed as on v5e."""
     stage = code_llama.stages("7b")["code"]
     layout = code_llama.layouts(stage, "7b")["v5e:16x16"]
     heads = args.dim // 128
@@ -85,7 +85,7 @@ def small(args) -> config.Stage:
         model=model,
         data=dataclasses.replace(stage.data, seq_len=args.length, batch_tokens=rows * args.length),
         optim=dataclasses.replace(stage.optim, warmup_steps=1),
-        layout=dataclasses.replace(layout, microbatches=1),
+        layout=dataclasses.replace(layout, data=1, fsdp=-1, microbatches=1),
         steps=args.steps,
     )
 
