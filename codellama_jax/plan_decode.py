@@ -46,7 +46,8 @@ def plan_generation(
     heads do not divide, or when it does not fit, with what would.
     """
     layout = layout_of(model, where, batch, tensor)
-    options, cache = plan.least_effort() if quick else {}, cache or plan.cache_folder()
+    options = plan.least_effort(where.chip.name) if quick else {}
+    cache = cache or plan.cache_folder()
     made = {}
     for name in ("prefill", "decode"):
         facts, text = _compiled(name, model, layout, where, batch, context, options, cache)
