@@ -4,15 +4,16 @@ They compile in seconds, so CI compiles them all: a change that makes a layout n
 collectives of a kind it did not need, is seen before a real cell is compiled again. What they
 needed last is in docs/pods_twins.json (tools/plan_pod.py --twins --record).
 
-A flat slice shrinks to 16 chips, and fsdp with it: routing one all-to-all among 256 chips takes the
-compiler 15 seconds, whatever its size.
+A flat slice shrinks to 16 chips, fsdp with it, and data where that is not enough: routing one
+all-to-all among 256 chips takes the compiler 15 seconds, whatever its size.
 """
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
-from codellama_jax import chips, config, ledger, plan, whole
+from codellama_jax import arithmetic, chips, config, ledger, plan, whole
 from codellama_jax.config import check
 
 FILE = "pods_twins.json"
@@ -30,8 +31,9 @@ def twin(stage: config.Stage, where: chips.Slice) -> tuple[config.Stage, chips.S
     )  # fmt: skip
     small = replace(where, shape=FLAT) if where.chip.dims == 2 else where
     fewer = where.chips // small.chips
-    if layout.fsdp > 0:
-        layout = replace(layout, fsdp=layout.fsdp // fewer)
+    data, fsdp = arithmetic.ways(stage, where)
+    less = math.gcd(fsdp, fewer)
+    layout = replace(layout, fsdp=fsdp // less, data=data * less // fewer)
     length = LENGTH * (2 * layout.context if layout.context > 1 else 1)
     rows = stage.data.rows_per_batch // fewer
     data = replace(stage.data, seq_len=length, batch_tokens=rows * length)
