@@ -49,6 +49,7 @@ def main(
         chosen = {args.stage: laid_out(pick(rows, args.stage, args.size), args, layouts)}
         stage = changed(chosen, args.set)[args.stage]
         cluster.join(args.wait)
+        check_devices(args.slice)
         from codellama_jax import train
 
         keep_compiled(args.workdir)
@@ -89,6 +90,24 @@ def laid_out(stage: config.Stage, args: argparse.Namespace, layouts: Callable) -
         f"{', '.join(have) or 'none'}; plan one with tools/plan_pod.py and give it by --set",
     )
     return dataclasses.replace(stage, layout=have[args.slice])
+
+
+def check_devices(where: str | None) -> None:
+    """Raises ValueError when the devices that were found are not as many as those of --slice."""
+    if where is None:
+        return
+    import jax
+
+    from codellama_jax import chips
+
+    wanted, found = chips.Slice.parse(where).devices, jax.device_count()
+    kind, processes = jax.devices()[0].device_kind, jax.process_count()
+    check(
+        found == wanted,
+        f"--slice {where} has {wanted} devices, this run has {found} ({kind}, "
+        f"processes: {processes}): start the recipe on every host of such a slice, or "
+        "leave --slice out and lay the stage out by --set layout.*",
+    )
 
 
 def pick(stages: Stages, name: str, where: str) -> config.Stage:

@@ -18,7 +18,8 @@ def stages(size: str) -> launch.Stages:
 
 
 def layouts(stage: config.Stage, size: str) -> dict[str, config.Layout]:
-    return {"v5e:4x4": config.Layout(fsdp=16, remat="dots")} if stage.name == "instruct" else {}
+    laid_out = {"v5e:2x4": config.Layout(fsdp=8, remat="dots"), "v5e:4x4": config.Layout()}
+    return laid_out if stage.name == "instruct" else {}
 
 
 @pytest.fixture
@@ -59,8 +60,8 @@ def test_settings_that_only_fit_together_are_set_together(run):
 
 
 def test_a_stage_is_laid_out_for_a_slice_and_still_takes_settings(run):
-    stage, _ = run(*CHOSEN, "--slice", "v5e:4x4", "--set", "layout.microbatches=2")
-    assert stage.layout == config.Layout(fsdp=16, remat="dots", microbatches=2)
+    stage, _ = run(*CHOSEN, "--slice", "v5e:2x4", "--set", "layout.microbatches=2")
+    assert stage.layout == config.Layout(fsdp=8, remat="dots", microbatches=2)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,11 @@ def test_a_stage_is_laid_out_for_a_slice_and_still_takes_settings(run):
         ((*CHOSEN, "--set", "steps=0"), "error: steps=0 must be positive"),
         (
             (*CHOSEN, "--slice", "v6e:2x2"),
-            "error: 7b instruct has no layout for slice 'v6e:2x2', only for v5e:4x4",
+            "error: 7b instruct has no layout for slice 'v6e:2x2', only for v5e:2x4, v5e",
+        ),
+        (
+            (*CHOSEN, "--slice", "v5e:4x4"),
+            "error: --slice v5e:4x4 has 16 devices, this run has 8 (cpu, processes: 1): start",
         ),
         (
             ("--size", "7b", "--stage", "code", "--workdir", "x", "--slice", "v5e:4x4"),
