@@ -209,8 +209,8 @@ def _balanced_mask(T: int, block: int, context: int):
 
     Positions only decide which blocks are run: slices are whole blocks, so of two different blocks
     the queries of one see all keys of the other, or none. What is left to the kernel, which knows
-    places but not positions, is the order inside a block. (Keys put back into natural order would
-    be copied several times, a quarter of the step of 13B in rows of 16,384.)
+    places but not positions, is the order inside a block. (To put keys into natural order copies
+    them several times: a quarter of a step of 13B in rows of 16,384.)
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 

@@ -41,8 +41,10 @@ def main() -> None:
         for size in SIZES
     ]
     for text in asked:
-        chip, size, *order = text.split(":")
-        parts = measured(chip, int(size), context=2 if order == ["balanced"] else 1)
+        match = re.fullmatch(rf"({'|'.join(chips.CHIPS)}):(\d+)(:balanced)?", text)
+        if match is None:
+            sys.exit(f"{text!r} is not CHIP:BLOCK or CHIP:BLOCK:balanced, such as v5e:1024:balanced")
+        parts = measured(match[1], int(match[2]), context=2 if match[3] else 1)
         shown = ", ".join(f'"{name}": {tuple(each)}' for name, each in parts.items())
         print(f"{text}: {{{shown}}}", flush=True)
 
