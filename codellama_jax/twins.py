@@ -31,9 +31,9 @@ def twin(stage: config.Stage, where: chips.Slice) -> tuple[config.Stage, chips.S
     )  # fmt: skip
     small = replace(where, shape=FLAT) if where.chip.dims == 2 else where
     fewer = where.chips // small.chips
-    data, fsdp = arithmetic.ways(stage, where)
+    replicas, fsdp = arithmetic.ways(stage, where)
     less = math.gcd(fsdp, fewer)
-    layout = replace(layout, fsdp=fsdp // less, data=data * less // fewer)
+    layout = replace(layout, fsdp=fsdp // less, data=replicas * less // fewer)
     length = LENGTH * (2 * layout.context if layout.context > 1 else 1)
     rows = stage.data.rows_per_batch // fewer
     data = replace(stage.data, seq_len=length, batch_tokens=rows * length)

@@ -43,7 +43,7 @@ def main() -> None:
     for text in asked:
         match = re.fullmatch(rf"({'|'.join(chips.CHIPS)}):(\d+)(:balanced)?", text)
         if match is None:
-            sys.exit(f"{text!r} is not CHIP:BLOCK or CHIP:BLOCK:balanced, such as v5e:1024:balanced")
+            sys.exit(f"{text!r} is neither CHIP:BLOCK nor CHIP:BLOCK:balanced, as v5e:1024 is")
         parts = measured(match[1], int(match[2]), context=2 if match[3] else 1)
         shown = ", ".join(f'"{name}": {tuple(each)}' for name, each in parts.items())
         print(f"{text}: {{{shown}}}", flush=True)
