@@ -3,8 +3,9 @@
     compute   the compiler's `estimated_cycles` over the chip's clock, each loop times its trips
     kernels   attention, which has no such cycles: the instructions of each kernel's own schedule,
               as often as its grid runs them (kernels.py)
-    links     bytes on the wire over the speed of the links their group spans. Asynchronous ones
-              hide behind compute and kernels of their loop, as long as these last; others wait
+    links     bytes on the wire over the speed of the links their group spans, one collective after
+              another. What is exposed comes from playing the schedule through in its order:
+              compute and kernels go on while a collective moves, until it is awaited
 
 It is an estimate. Left out: waits for memory inside kernels, the input pipeline, checkpoints and
 held-out losses, stragglers, clock throttling, contention between collectives, and the latency of
@@ -55,18 +56,40 @@ def seconds_of(
     for region in facts["regions"]:
         compute = region["cycles"] / (chip.clock_ghz * 1e9)
         attention = sum(calls * of_kernel(name) for name, calls in region["kernels"].items())
-        hidden = sum(seconds(c, chip) for c in region["collectives"] if c["asynchronous"])
-        waited = sum(seconds(c, chip) for c in region["collectives"] if not c["asynchronous"])
-        exposed = waited + max(0.0, hidden - compute - attention)
+        links = [seconds(each, chip) for each in region["collectives"]]
+        step = played(region, links, of_kernel, chip)
         for name, value in (
             ("compute", compute),
             ("kernels", attention),
-            ("links", hidden + waited),
-            ("exposed", exposed),
-            ("step", compute + attention + exposed),
+            ("links", sum(links)),
+            ("exposed", step - compute - attention),
+            ("step", step),
         ):
             total[name] += region["times"] * value
     return total
+
+
+def played(
+    region: Report, links: list[float], of_kernel: Callable[[str], float], chip: chips.Chip
+) -> float:
+    """Seconds of one round of a region in the order of its schedule. links: of each collective.
+
+    Of a loop it is the second round: a collective may begin in one and be awaited in the next.
+    """
+    now, free = 0.0, 0.0  # free: when the links have done what was begun
+    arrives: dict[int, float] = {}
+    for _ in range(1 if region["times"] == 1 else 2):
+        began = now
+        for event, what in region["order"]:
+            if event == "cycles":
+                now += what / (chip.clock_ghz * 1e9)
+            elif event == "kernel":
+                now += of_kernel(what)
+            elif event == "begin":
+                free = arrives[what] = max(now, free) + links[what]
+            else:
+                now = max(now, arrives.get(what, now))
+    return now - began
 
 
 def binds(total: dict[str, float]) -> str:
@@ -112,6 +135,7 @@ def regions(
                 moved(each, span(each, facts["places"], facts["slices"], where))
                 for each in region.collectives
             ],
+            "order": region.order,
         }
         for region in schedule.read(text, rounds)
     ]

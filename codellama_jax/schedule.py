@@ -6,15 +6,18 @@ So the text is walked: every computation with the number of times it runs, and i
     cycles       the sum of `estimated_cycles` of its instructions
     kernels      Pallas calls by name and block; they carry no cycles
     collectives  what moves between chips, by kind, type and group; these carry no cycles either
+    order        all of these as they happen: a collective begins, and is awaited now or later
 
 A loop says how often it runs by the constant in its condition. One asynchronous collective appears
-as a start, fused steps and a done with the same channel: a region counts it once. A reduce-scatter
-is written as an all-reduce whose slice is taken, in a fusion of its own: it sends half as much.
+as a start, fused steps and a done, each taking what the one before made: a region counts it once.
+(Channels do not tell them apart: all that `jax.shard_map` makes share one.) A reduce-scatter is
+written as an all-reduce whose slice is taken, in a fusion of its own: it sends half as much.
 """
 
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "send")
@@ -29,12 +32,14 @@ OPCODE = re.compile(r"(?<=[\s)}\]])([a-z][a-z0-9\-]*)\(")
 SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
-BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+BRANCHES = re.compile(r"(?:branch|called)_computations=\{([^}]*)\}")
 CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 CONSTANT = re.compile(r" [su]32\[\][^ ]* constant\((\d+)\)")  # u32: loops over shards
 BLOCK = re.compile(r'block_q(?:_d\w+)?\\*": *(\d+)')  # as splash attention notes it
 CHANNEL = re.compile(r"channel_id=(\d+)")
-BESIDE = ("async-start", "call-start")  # what they call runs beside what follows; on a sparse core
+# What these call runs beside what follows; the last two are for sparse cores, as libtpu 0.0.42 and
+# 0.0.52 write them.
+BESIDE = ("async-start", "call-start", "custom-call-start")
 ENDED = re.compile(r'\}(, execution_thread="\w+")?')
 SCATTERED = re.compile(r"all-reduce-scatter")  # the compiler's name of a reduce-scatter
 
@@ -58,6 +63,10 @@ class Collective:
         return self.size * (1.0 if self.kind in ("collective-permute", "send") else others)
 
 
+# ("cycles", how many), ("kernel", its name), ("begin" or "end", a place among the collectives)
+Event = tuple[str, int | str]
+
+
 @dataclass
 class Region:
     """A computation that runs `times` times: the program itself, or the body of a loop."""
@@ -67,6 +76,7 @@ class Region:
     cycles: int = 0
     kernels: Counter = field(default_factory=Counter)
     collectives: list[Collective] = field(default_factory=list)
+    order: list[Event] = field(default_factory=list)
 
 
 def read(text: str, rounds: int | None = None) -> list[Region]:
@@ -79,9 +89,38 @@ def read(text: str, rounds: int | None = None) -> list[Region]:
     if entry is None or "is_scheduled=true" not in text[:2_000]:
         raise ValueError("this is no scheduled HLO module: it has no entry, or no schedule")
     regions: list[Region] = []
-    seen: set[tuple[str, str]] = set()  # regions and channels: the start of a loop is its body too
+    keys: dict[str, list[str]] = {}  # of each region's collectives: kind and channel
+    begun: dict[str, list[int]] = {}  # the collectives that an instruction begins or carries on
 
-    def walk(name: str, region: Region, within_fusion: bool, asynchronous: bool) -> None:
+    def meet(region: Region, key: str, found: Collective, role: str, carried: list[int]) -> int:
+        """The place of a collective in a region. It is met where it starts, where products carry it
+        on, and where it is done; in a loop that started it a round before, there first."""
+        known = keys.setdefault(region.name, [])
+        same = [place for place in carried if known[place] == key]
+        if role == "start":
+            order, of_key = region.order, (n for n, other in enumerate(known) if other == key)
+            same = [n for n in of_key if ("end", n) in order and ("begin", n) not in order]
+        if not same:
+            known.append(key)
+            region.collectives.append(found)
+            same = [len(known) - 1]
+        place = same[0]
+        if role == "done" and found.asynchronous:
+            region.order.append(("end", place))
+        elif ("begin", place) not in region.order:
+            region.order.append(("begin", place))
+            region.order += [("end", place)] * (not found.asynchronous)
+        return place
+
+    def walk(
+        name: str, region: Region, within_fusion: bool, asynchronous: bool,
+        role: str = "", carried: Sequence[int] = (),
+    ) -> list[int]:  # fmt: skip
+        """Adds a computation to a region. Returns the places of the collectives in it.
+
+        role: "start" or "done" where that is what its caller does; carried: those it takes over.
+        """
+        met: list[int] = []
         for line in computations.get(name, ()):
             match = INSTRUCTION.match(line)
             if match is None:
@@ -98,23 +137,37 @@ def read(text: str, rounds: int | None = None) -> list[Region]:
                 continue
             if not within_fusion and (cycles := CYCLES.search(body)):
                 region.cycles += int(cycles[1])
+                region.order.append(("cycles", int(cycles[1])))
             if op == "custom-call" and 'custom_call_target="tpu_custom_call"' in body:
                 region.kernels[kernel_name(match[1], body)] += 1
+                region.order.append(("kernel", kernel_name(match[1], body)))
             found = collective(op, body, asynchronous)
             if found is not None:
                 channel = CHANNEL.search(body)
                 key = f"{found.kind} {channel[1]}" if channel else f"{name} {match[1]}"
                 if found.kind == "all-reduce" and SCATTERED.match(name):
                     found = replace(found, kind="reduce-scatter")
-                if (region.name, key) not in seen:
-                    seen.add((region.name, key))
-                    region.collectives.append(found)
-                continue
-            if op in ("fusion", "call", "conditional", "custom-call", *BESIDE):
+                begun[match[1]] = [meet(region, key, found, role or role_of(op, match[1]), carried)]
+                met += begun[match[1]]
+            elif op == "get-tuple-element" or op.endswith(("-update", "-done")):
+                taken = [place for other in operands(op, body) for place in begun.get(other, ())]
+                if op.endswith("-done"):
+                    region.order += [("end", place) for place in taken]
+                else:
+                    begun[match[1]] = taken
+            elif op in ("fusion", "call", "conditional", "custom-call", *BESIDE):
                 overlapped = asynchronous or op in BESIDE or "async" in match[1]
                 inner = within_fusion or op != "call" and op != "conditional"
-                for called in callees(body):
-                    walk(called, region, inner, overlapped)
+                does = role or role_of(op, match[1])
+                taken = [place for other in operands(op, body) for place in begun.get(other, ())]
+                inside = [
+                    place
+                    for called in callees(body)
+                    for place in walk(called, region, inner, overlapped, does, taken or carried)
+                ]
+                begun[match[1]] = [] if does == "done" else inside
+                met += inside
+        return met
 
     program = Region(entry, 1)
     regions.append(program)
@@ -157,6 +210,18 @@ def trips(computations: dict[str, list[str]], loop: str, rounds: int | None = No
     if not found:
         raise ValueError(f"no trip count in the condition of the loop {loop[:120]}")
     return max(found)
+
+
+def role_of(op: str, name: str) -> str:
+    """What an instruction does for an asynchronous collective, if it says so."""
+    if op in BESIDE or "-start" in name or op.endswith("-start"):
+        return "start"
+    return "done" if "-done" in name else ""
+
+
+def operands(op: str, body: str) -> list[str]:
+    """The names of what an instruction takes."""
+    return re.findall(r"%([\w.\-]+)", body.split(f" {op}(", 1)[1].split(")", 1)[0])
 
 
 def callees(body: str) -> list[str]:

@@ -119,6 +119,33 @@ def test_a_collective_begun_before_a_loop_moves_in_the_loop_too():
         assert [each.kind for each in region.collectives].count("all-gather") == 1
 
 
+def test_a_schedule_keeps_its_order():
+    program, loop = schedule.read(HLO)
+    assert program.order == [("cycles", 70)]
+    assert loop.order == [
+        ("begin", 0), ("cycles", 1_000), ("kernel", "splash_mha_fwd_segmented_residuals 512"),
+        ("cycles", 30), ("end", 0), ("begin", 1), ("end", 1),
+    ]  # fmt: skip
+
+
+TWICE = """
+  %async-collective-start.1 = (bf16[4096,128]{1,0}, s32[]) \
+fusion(%v), kind=kCustom, calls=%gathering
+  %state.1 = s32[] get-tuple-element(%async-collective-start.1), index=1
+  %fusion.3 = (bf16[8]{0}, s32[]) fusion(%x, %state.1), kind=kOutput, calls=%gathering
+  %state.2 = s32[] get-tuple-element(%fusion.3), index=1
+  %async-collective-done.1 = bf16[4096,128]{1,0} \
+fusion(%state.2), kind=kCustom, calls=%gathering.done
+  %all-reduce.7 ="""
+
+
+def test_collectives_of_one_channel_are_told_apart_by_what_they_take():
+    """jax.shard_map gives all of its collectives the same channel: keys and values, for one."""
+    _, loop = schedule.read(HLO.replace("\n  %all-reduce.7 =", TWICE, 1))
+    assert [each.kind for each in loop.collectives] == ["all-gather", "all-gather", "all-reduce"]
+    assert loop.order[-4:] == [("begin", 1), ("end", 1), ("begin", 2), ("end", 2)]
+
+
 OFFLOADED = """\
 %called_computation.1 (p0: bf16[64,128], p1: token[]) -> bf16[1024,128] {
   ROOT %all-gather.8 = bf16[1024,128]{1,0} all-gather(%p0), channel_id=8, \
@@ -126,22 +153,35 @@ replica_groups=[16,16]<=[256], dimensions={0}
 }, execution_thread="sparsecore"
 
 %body (state"""
-OFFLOADS = """
+OFFLOADS = {  # to a sparse core, by the version of libtpu
+    "0.0.42": """
   %all-gather.9.cloned.1.call-start = ((bf16[64,128]{1,0}, token[]), bf16[1024,128]{1,0}) \
 call-start(%v, %t), async_execution_thread="sparsecore", to_apply=%called_computation.1
   %all-gather.9.cloned.1.call-done = bf16[1024,128]{1,0} \
 call-done(%all-gather.9.cloned.1.call-start)
-  ROOT %next ="""
+  ROOT %next =""",
+    "0.0.52": """
+  %all-gather.9.cloned.1.call-start = ((), (), (s32[8192]{0}, s32[99]{0})) custom-call-start(), \
+async_execution_thread="sparsecore", called_computations={%called_computation.1}
+  %all-gather.9.cloned.1.call-update = ((bf16[64,128]{1,0}), bf16[1024,128]{1,0}, (s32[8192]{0})) \
+custom-call-update(%all-gather.9.cloned.1.call-start, %v)
+  %all-gather.9.cloned.1.call-done = bf16[1024,128]{1,0} \
+custom-call-done(%all-gather.9.cloned.1.call-update)
+  ROOT %next =""",
+}
 
 
-def test_a_collective_of_a_sparse_core_runs_beside_the_others():
-    """As on tpu7x."""
-    text = HLO.replace("%body (state", OFFLOADED, 1).replace("\n  ROOT %next =", OFFLOADS, 1)
+@pytest.mark.parametrize("libtpu", OFFLOADS)
+def test_a_collective_of_a_sparse_core_runs_beside_the_others(libtpu):
+    offloads = OFFLOADS[libtpu]
+    text = HLO.replace("%body (state", OFFLOADED, 1).replace("\n  ROOT %next =", offloads, 1)
     _, loop = schedule.read(text)
     assert loop.cycles == 1_030  # the computation that follows is read as before
     (gather,) = [each for each in loop.collectives if len(each.group) == 16]
     assert (gather.kind, gather.asynchronous) == ("all-gather", True)
     assert gather.wire_bytes == 1_024 * 128 * 2 * 15 / 16
+    place = loop.collectives.index(gather)
+    assert loop.order[-2:] == [("begin", place), ("end", place)]
 
 
 def test_the_devices_of_a_chip_share_its_links():
@@ -253,16 +293,36 @@ def facts(**changes):
     region = {
         "name": "main", "times": 1, "cycles": 1_500_000_000, "kernels": {},
         "collectives": [gather | changes],
+        "order": [("begin", 0), ("cycles", 1_500_000_000), ("end", 0)],
     }  # fmt: skip
     return {"mesh": {"fsdp": 256}, "regions": [region]}
 
 
-def test_asynchronous_links_hide_behind_compute_and_synchronous_ones_do_not():
+def test_what_moves_hides_behind_compute_until_it_is_awaited():
     hidden = estimate.step_time(CODE_7B, V5E, facts())
-    waited = estimate.step_time(CODE_7B, V5E, facts(asynchronous=False))
     longer = estimate.step_time(CODE_7B, V5E, facts(wire_bytes=360e9))
-    assert [t["step_seconds"] for t in (hidden, waited, longer)] == [1, 2, 2]
+    assert [t["step_seconds"] for t in (hidden, longer)] == [1, 2]
     assert (hidden["exposed_seconds"], longer["binds"]) == (0, "links")
+
+
+CYCLES = [("cycles", 750_000_000)]  # half a second on v5e
+MOVES = ("begin", 0), ("begin", 1)
+
+
+@pytest.mark.parametrize(
+    "order, times, seconds",
+    [
+        ([MOVES[0], ("end", 0), *CYCLES], 1, 1.5),  # at once: nothing is hidden
+        ([MOVES[0], *CYCLES, ("end", 0)], 1, 1.0),
+        ([*MOVES, *CYCLES, *CYCLES, ("end", 0), ("end", 1)], 1, 2.0),  # one after another
+        ([*CYCLES, MOVES[0]], 1, 0.5),  # awaited elsewhere
+        ([("end", 0), *CYCLES, *CYCLES, MOVES[0]], 32, 2.0),  # of a loop: begun a round before
+        ([*CYCLES, ("end", 0), MOVES[0], *CYCLES], 32, 1.0),
+    ],
+)
+def test_a_region_is_played_in_its_order(order, times, seconds):
+    region = {"times": times, "order": order}
+    assert estimate.played(region, [1.0, 1.0], None, chips.CHIPS["v5e"]) == seconds
 
 
 def test_mfu_follows_from_flops_per_token():
