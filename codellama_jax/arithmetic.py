@@ -48,13 +48,23 @@ def kept(model: config.Model, remat: str) -> int:
     return 2 * widths[remat]
 
 
+def recomputed(model: config.Model, remat: str) -> float:
+    """Weights of one layer whose products are made again: at most all but w2, the last of them."""
+    D, F = model.dim, model.ffn_dim
+    weights = {
+        "full": layer_weights(model) - D * F,
+        "attention": model.num_heads * model.head_dim * D + 2 * D * F,  # wo, w1, w3
+    }
+    return weights.get(remat, 0)
+
+
 def seconds(stage: config.Stage, where: chips.Slice) -> float:
     """Seconds of a step with the stage's layout, roughly."""
     model, layout, chip = stage.model, stage.layout, where.chip
     peak, tokens = chip.peak_tflops * 1e12 * where.chips, stage.data.batch_tokens
-    again = {"attention": 1.6, "dots": 0.0, "none": 0.0}.get(layout.remat, 2.0)
     weights = model.num_layers * layer_weights(model)
-    products = (6 + again) * weights + 6 * model.dim * model.vocab_size
+    again = 2 * model.num_layers * recomputed(model, layout.remat)
+    products = 6 * weights + again + 6 * model.dim * model.vocab_size
     kernel = MATRIX_PRODUCTS + 2 * (layout.remat == "full")
     data, fsdp = ways(stage, where)
     shards = fsdp * layout.context
