@@ -102,6 +102,12 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
+def ways(axis: str) -> int:
+    """Devices here over which a dim of this logical name is split."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape.get(name, 1) for name in _axes(AXIS_RULES[axis]))
+
+
 def is_whole() -> bool:
     """Whether arrays lie on one device here, so that merging axes of theirs moves nothing."""
     return math.prod(jax.sharding.get_abstract_mesh().shape.values()) == 1

@@ -5,11 +5,12 @@ import jax
 import numpy as np
 import pytest
 import spine_fixture as tiny
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from codellama_jax import config, optim, sharding, state, step
+from codellama_jax import config, model, optim, sharding, state, step
 
 WIDE = replace(tiny.MODEL, num_heads=8, num_kv_heads=4, vocab_size=128)
 # eps=1: Adam's update is nearly linear in the gradient, so rounding is not blown up
@@ -205,8 +206,23 @@ MESHES = [  # data, fsdp, tensor, context
 @pytest.mark.parametrize("microbatches, isolated", [(4, True), pytest.param(1, False, marks=SLOW)])
 def test_a_step_does_not_depend_on_mesh_and_accumulation(microbatches, isolated, axes):
     axes = dict(zip(sharding.MESH_AXES, axes, strict=True))
-    metrics, params, gradients = stepped(microbatches, isolated, **axes)
-    want_metrics, want_params, want_gradients = stepped(1, isolated)
+    check_step(stepped(microbatches, isolated, **axes), stepped(1, isolated))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 2, "context": 2}])
+def test_nor_does_it_where_the_axes_of_wo_are_merged_before_it_is_gathered(axes, monkeypatch):
+    monkeypatch.setattr(model, "WIDE", 1)
+    check_step(stepped.__wrapped__(4, **axes), stepped(1))
+    with jax.set_mesh(tiny.mesh(**axes)):
+        made = jax.make_jaxpr(lambda x, w: model.product(x, w))(
+            np.ones((2, 4, 2, 8), np.float32), nnx.Param(jax.numpy.ones((2, 8, 16)))
+        )
+    assert "optimization_barrier" in str(made)
+
+
+def check_step(got, want):
+    (metrics, params, gradients), (want_metrics, want_params, want_gradients) = got, want
     assert metrics["tokens"] == want_metrics["tokens"] == tiny.random_batch(32)["loss_mask"].sum()
     for name in ("loss", "grad_norm", "learning_rate"):
         np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=2e-6, err_msg=name)
