@@ -12,11 +12,19 @@ Options = dict[str, str]
 # for the cells of docs/pods.md, jax 0.10.2 and libtpu 0.0.42.1. v4 has only 16 MiB.
 VMEM_KIB = "xla_tpu_scoped_vmem_limit_kib"
 
+# Collectives run on the sparse cores, beside what the matrix units do, and not in between. On tpu7x
+# that is so by itself, v5e has no such cores, and on v4 these change nothing. The same pair; libtpu
+# 0.0.52 takes them too, where it refuses the options that fuse collectives into products.
+SPARSE_CORES = {
+    f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "true"
+    for kind in ("all_gather", "2d_all_gather", "3d_all_gather", "reduce_scatter", "all_reduce")
+}
+
 OF_CHIP: dict[str, Options] = {
     "v4": {},
     "v5e": {VMEM_KIB: "32768"},  # of narrow models, see OF_WIDE
-    "v5p": {VMEM_KIB: "32768"},
-    "v6e": {VMEM_KIB: "98304"},
+    "v5p": {VMEM_KIB: "32768", **SPARSE_CORES},
+    "v6e": {VMEM_KIB: "114688", **SPARSE_CORES},
     "tpu7x": {VMEM_KIB: "32768"},
 }
 # 34B on v5e gains another 3%, and takes 420 instead of 160 CPU seconds to compile.

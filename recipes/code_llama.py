@@ -71,6 +71,7 @@ LAYOUTS = {       # size, rows of a batch, row length: slice
         "v5p:4x4x4": Layout(data=4, fsdp=16, microbatches=2, remat="dots", loss_chunk=4_096),
     },
     ("7b", 32, 16_384): {
+        "v5e:8x8": Layout(context=2, remat="attention", loss_chunk=4_096),
         "v5e:16x16": Layout(context=8, remat="dots", loss_chunk=4_096),
         "v5p:4x4x4": Layout(data=4, context=2, remat="dots", loss_chunk=4_096),
     },
@@ -81,12 +82,11 @@ LAYOUTS = {       # size, rows of a batch, row length: slice
         "v5p:4x4x4": Layout(data=2, fsdp=32, microbatches=4, remat="dots", loss_chunk=4_096),
     },
     ("13b", 128, 16_384): {
-        "v5e:16x16": Layout(
-            data=4, fsdp=16, context=4, microbatches=2, remat="attention", loss_chunk=4_096
-        ),
+        "v5e:16x16": Layout(data=4, fsdp=32, context=2, loss_chunk=4_096),
         "v5p:4x4x4": Layout(data=2, fsdp=32, microbatches=2, remat="dots", loss_chunk=4_096),
     },
     ("13b", 32, 16_384): {
+        "v5e:8x8": Layout(data=2, fsdp=16, context=2, loss_chunk=4_096),
         "v5e:16x16": Layout(data=4, context=8, remat="dots", loss_chunk=4_096),
         "v5p:4x4x4": Layout(data=4, context=2, remat="dots", loss_chunk=4_096),
     },
@@ -99,6 +99,7 @@ LAYOUTS = {       # size, rows of a batch, row length: slice
         "v5p:4x4x8": Layout(data=4, fsdp=16, context=2, remat="dots", loss_chunk=4_096),
     },
     ("34b", 32, 16_384): {
+        "v5e:8x16": Layout(context=4, loss_chunk=4_096),
         "v5e:16x16": Layout(context=8, remat="attention", loss_chunk=4_096),
         "v5p:4x4x8": Layout(data=4, context=4, remat="dots", loss_chunk=4_096),
     },
@@ -113,7 +114,7 @@ LAYOUTS = {       # size, rows of a batch, row length: slice
         ),
     },
     ("70b", 128, 4_096): {
-        "v6e:16x16": Layout(context=2, remat="attention", loss_chunk=4_096),
+        "v6e:8x16": Layout(remat="attention", loss_chunk=4_096),
         "v5p:4x4x8": Layout(data=2, fsdp=64, remat="dots", loss_chunk=4_096),
     },
 }
