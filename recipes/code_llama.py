@@ -108,6 +108,7 @@ LAYOUTS = {       # size, rows of a batch, row length: slice
         "v5p:4x4x8": Layout(data=2, fsdp=64, microbatches=8, remat="dots", loss_chunk=4_096),
     },
     ("70b", 64, 16_384): {
+        "v5e:16x16": Layout(context=4, loss_chunk=4_096),
         "v6e:16x16": Layout(context=4, remat="attention", loss_chunk=4_096),
         "v5p:4x4x8": Layout(
             data=2, fsdp=16, context=4, microbatches=2, remat="dots", loss_chunk=4_096
