@@ -104,6 +104,7 @@ LAYOUTS = {       # size, rows of a batch, row length: slice
         "v5p:4x4x8": Layout(data=4, context=4, remat="dots", loss_chunk=4_096),
     },
     ("70b", 1_024, 4_096): {
+        "v5e:16x16": Layout(microbatches=4, loss_chunk=4_096),
         "v6e:16x16": Layout(microbatches=2, loss_chunk=4_096),
         "v5p:4x4x8": Layout(data=2, fsdp=64, microbatches=8, remat="dots", loss_chunk=4_096),
     },
