@@ -64,7 +64,7 @@ LAYOUTS = {       # size, rows of a batch, row length: slice
         "v5p:4x4x4": Layout(data=4, fsdp=16, microbatches=4, remat="dots", loss_chunk=4_096),
         "tpu7x:4x4x4": Layout(data=8, fsdp=16, microbatches=2, remat="dots", loss_chunk=4_096),
         "2xv5e:16x16": Layout(data=8, fsdp=64, microbatches=2, remat="dots", loss_chunk=4_096),
-        "v6e:16x16": Layout(data=4, fsdp=64, remat="attention", loss_chunk=4_096),
+        "v6e:16x16": Layout(data=8, fsdp=32, remat="attention", loss_chunk=4_096),
     },
     ("7b", 128, 16_384): {
         "v5e:16x16": Layout(context=2, remat="attention", loss_chunk=4_096),
