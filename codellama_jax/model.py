@@ -20,8 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from codellama_jax import attention, config, sharding
 
-LANES = 128  # of a TPU: how many numbers of a row lie side by side
-WIDE = 8_192  # of a model; in narrower ones that copy costs little, or the compiler avoids it
+LANES = 128  # of a TPU: so many numbers of a row lie side by side
+WIDE = 8_192  # of heads together, from here on `product` merges their axes before wo is gathered
 POLICIES = jax.checkpoint_policies
 REMAT = {  # what a layer keeps for its backward pass; the rest is computed again
     "none": POLICIES.everything_saveable,
@@ -189,8 +189,9 @@ def product(x_BTX: jax.Array, weight_XY: nnx.Param) -> jax.Array:
         y_MY = x_BTX.reshape(B * T, width) @ w_XY.reshape(width, math.prod(Y))
         return y_MY.reshape(B, T, *Y)
     if len(X) > 1 and math.prod(X) >= WIDE and Y[0] // sharding.ways("embed") < LANES:
-        # gathered in pieces narrower than its lanes, a TPU has wo in a layout that the product does
-        # not read, and copies it at each use; not if its leading axes are one before
+        # A TPU that gathers wo in pieces narrower than its lanes has it in a layout that no product
+        # reads, and copies it at each use; not so if heads and their width are one axis. Narrower
+        # models lose little by the copy, or nothing: the compiler avoids it.
         w_XY = jax.lax.optimization_barrier(w_XY.reshape(-1, *Y))
         return x_BTX.reshape(B, T, -1) @ w_XY
     return jnp.tensordot(x_BTX, w_XY, axes=len(X))

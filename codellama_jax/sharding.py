@@ -85,14 +85,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
     A dim that its mesh axes do not divide, such as the odd end of a row, stays whole.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return x
-    place = [
-        entry if size % math.prod(mesh.shape[axis] for axis in _axes(entry)) == 0 else None
-        for entry, size in zip(spec(*axes), x.shape, strict=True)
-    ]
-    return jax.lax.with_sharding_constraint(x, P(*place))
+    dims = zip(axes, x.shape, strict=True)
+    place = spec(*(axis if axis and size % ways(axis) == 0 else None for axis, size in dims))
+    return jax.lax.with_sharding_constraint(x, place)
 
 
 def platform() -> str:

@@ -415,6 +415,16 @@ def test_no_kernel_is_faster_than_the_matrix_units():
 
 
 # -- without the compiler ------------------------------------------------------------------------
+def test_policies_recompute_the_products_that_they_do_not_keep():
+    model = config.SIZES["7b"]
+    D, F, norms = 4_096, 11_008, 2 * 4_096
+    assert arithmetic.recomputed(model, "full") == pytest.approx(
+        4 * D * D + 2 * D * F, abs=2 * norms
+    )
+    assert arithmetic.recomputed(model, "attention") == D * D + 2 * D * F
+    assert arithmetic.recomputed(model, "dots") == arithmetic.recomputed(model, "none") == 0
+
+
 def laid_out(size, name, **layout):
     return replace(code_llama.stages(size)[name], layout=config.Layout(**layout))
 

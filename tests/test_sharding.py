@@ -215,7 +215,7 @@ def test_nor_does_it_where_the_axes_of_wo_are_merged_before_it_is_gathered(axes,
     monkeypatch.setattr(model, "WIDE", 1)
     check_step(stepped.__wrapped__(4, **axes), stepped(1))
     with jax.set_mesh(tiny.mesh(**axes)):
-        made = jax.make_jaxpr(lambda x, w: model.product(x, w))(
+        made = jax.make_jaxpr(model.product)(
             np.ones((2, 4, 2, 8), np.float32), nnx.Param(jax.numpy.ones((2, 8, 16)))
         )
     assert "optimization_barrier" in str(made)
