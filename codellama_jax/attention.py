@@ -48,12 +48,14 @@ def attend(
 ) -> jax.Array:
     """Causal self-attention over whole rows (T = S). Returns [B, T, N, H] in the dtype of q.
 
-    What it returns is "attention_out" to a rematerialisation policy.
+    To a rematerialisation policy it takes "query", "key", "value" and returns "attention_out".
 
     With context > 1 the rows, segments too, lie in the order of sharding.balance.
     """
-    if kernel == "splash":  # names its output inside: a name here would keep it twice
+    k_BSKH, v_BSKH = checkpoint_name(k_BSKH, "key"), checkpoint_name(v_BSKH, "value")
+    if kernel == "splash":  # names queries and output inside, as its gradient wants them
         return _splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, context)
+    q_BTNH = checkpoint_name(q_BTNH, "query")
     if kernel == "cudnn":
         o_BTNH = _cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT)
     elif context > 1:
@@ -262,7 +264,7 @@ def _splash_local(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT, *, context, gathe
             jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2))
             for x in (q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS)
         )
-    q_BTNH = (q_BTNH / np.sqrt(H)).astype(q_BTNH.dtype)
+    q_BTNH = checkpoint_name((q_BTNH / np.sqrt(H)).astype(q_BTNH.dtype), "query")
     q_BNTH, k_BKSH, v_BKSH = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
     (B, N, T, _), K = q_BNTH.shape, k_BKSH.shape[1]
     q_BKGTH = q_BNTH.reshape(B, K, N // K, T, H)

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from codellama_jax import attention, config, sharding
 
@@ -152,9 +151,7 @@ class Attention(nnx.Module):
             sharding.constrain(product(x_BTD, w), "batch", "queries", "kv_heads", None)
             for w in (self.wk, self.wv)
         )
-        q_BTNH = checkpoint_name(rotate(q_BTNH, rope), "query")
-        k_BTKH = checkpoint_name(rotate(k_BTKH, rope), "key")
-        o_BTNH = attend(q_BTNH, k_BTKH, checkpoint_name(v_BTKH, "value"))
+        o_BTNH = attend(rotate(q_BTNH, rope), rotate(k_BTKH, rope), v_BTKH)
         return product(o_BTNH, self.wo)
 
 

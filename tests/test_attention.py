@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import spine_fixture as tiny
 
-from codellama_jax import attention, sharding
+from codellama_jax import attention, model, sharding
 
 
 def inputs(length: int, *, heads=4, kv_heads=2, width=8, rows=2, seed=0, dtype=np.float32):
@@ -126,6 +126,24 @@ def test_rematerialisation_may_keep_the_output_and_keeps_it_once(kernel):
     shapes = re.findall(r"\w+:f32\[([\d,]+)\] = name\[name=attention_out\]", text)
     sizes = [math.prod(int(n) for n in shape.split(",")) for shape in shapes]
     assert sizes.count(q.size) == 1
+
+
+@pytest.mark.parametrize("kernel", ["xla", "splash"])
+def test_each_input_has_one_name_for_rematerialisation(kernel):
+    q, k, v, _ = inputs(128, width=16, rows=1)
+    text = str(jax.make_jaxpr(functools.partial(attention.attend, kernel=kernel))(q, k, v))
+    for name in ("query", "key", "value"):
+        assert len(re.findall(rf"name\[name={name}\]", text)) == 1
+
+
+def test_rematerialisation_keeps_queries_as_the_kernel_takes_them():
+    q, k, v, _ = inputs(128, width=16, rows=1)
+    attend = functools.partial(attention.attend, kernel="splash")
+    attend = jax.checkpoint(attend, policy=model.REMAT["attention"])
+    text = str(jax.make_jaxpr(jax.grad(lambda *qkv: attend(*qkv).sum(), (0, 1, 2)))(q, k, v))
+    shape = ",".join(map(str, q.shape))
+    scalings = re.findall(rf":f32\[{shape}\] = div ", text)
+    assert len(scalings) == 2  # the queries, and on the way back their gradient
 
 
 @pytest.mark.slow
