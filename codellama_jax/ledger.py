@@ -11,7 +11,7 @@ from pathlib import Path
 
 from codellama_jax import config, plan, whole
 
-MOST_GROWTH = 0.02  # of the peak, against the ledger
+MOST_GROWTH = 0.02  # of the peak and of what collectives move, against the ledger
 LEDGER, GENERATION = "pods.json", "pods_generation.json"
 VERSIONS = ("jax", "libtpu")
 MEMORY = ("arguments", "temporaries", "peak", "limit")
@@ -141,7 +141,26 @@ def compare(folder: Path, new: dict) -> str:
     old = next((row for row in read(folder) if key(row) == key(new)), None)
     name = f"{new['size']} {new['stage']} on {new['slice']} ({new['layout']})"
     config.check(old is not None, f"the ledger has no row of {name}; make one with --record")
-    return no_worse(name, needs(new), needs(old))
+    said = no_worse(name, needs(new), needs(old))
+    if of_one_compiler(new, old):
+        most = MOST_GROWTH * moved(old)
+        for what, how in (("moves", (True, False)), ("moves synchronously", (False,))):
+            now, before = moved(new, how), moved(old, how)
+            config.check(
+                now - before <= most,
+                f"{name} {what} {now:.1f} GB between chips, {before:.1f} in what is recorded: "
+                "find out why, or --record it",
+            )
+    return said
+
+
+def moved(row: dict, asynchronous: tuple[bool, ...] = (True, False)) -> float:
+    """GB that a device sends in a step, by collectives that are asynchronous or are not."""
+    return sum(c["gigabytes"] for c in row["collectives"] if c["asynchronous"] in asynchronous)
+
+
+def of_one_compiler(new: dict, old: dict) -> bool:
+    return all(new[part] == old[part] for part in VERSIONS)
 
 
 def needs(row: dict) -> dict:
@@ -157,7 +176,7 @@ def no_worse(name: str, new: dict, old: dict) -> str:
     """Says that `new` needs what `old` did. Raises ValueError where its peak is 2% higher, or it
     has a kind of collective that was not there. Other compilers' figures are not compared.
     """
-    if any(new[part] != old[part] for part in VERSIONS):
+    if not of_one_compiler(new, old):
         return f"{name}: recorded with jax {old['jax']}, libtpu {old['libtpu']}, not compared"
     growth = new["peak_bytes"] / old["peak_bytes"] - 1
     config.check(
@@ -184,11 +203,11 @@ def table(rows: list[dict]) -> str:
 
 
 def cells(row: dict) -> tuple[str, ...]:
-    moved = {
+    sent = {
         kind: sum(c["gigabytes"] for c in row["collectives"] if c["kind"] == kind)
         for kind in ("all-gather", "all-reduce", "reduce-scatter")
     }
-    reduced = moved["all-reduce"] + moved["reduce-scatter"]
+    reduced = sent["all-reduce"] + sent["reduce-scatter"]
     parts = (row[f"{name}_seconds"] for name in ("compute", "kernels", "exposed"))
     return (
         *(row["size"], row["stage"], row["slice"], row["mesh"]),
@@ -196,7 +215,7 @@ def cells(row: dict) -> tuple[str, ...]:
         f"{row['peak_gib']:.2f} ({row['headroom']:.0%})",
         f"{row['step_seconds']:.2f}",
         " + ".join(f"{seconds:.2f}" for seconds in parts),
-        f"{moved['all-gather']:.0f}, {reduced:.0f}",
+        f"{sent['all-gather']:.0f}, {reduced:.0f}",
         f"{row['mfu']:.1%} ({row['mfu_full_attention']:.1%})",
         f"{row['stage_days']:,.1f}",
         f"{row['stage_chip_hours']:,}",

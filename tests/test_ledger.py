@@ -81,13 +81,23 @@ def test_recording_a_cell_again_replaces_it(tmp_path):
     assert text.startswith("above") and text.endswith("below\n") and "50.0%" in text
 
 
+def moving(row: dict, more: dict) -> dict:
+    return row | {"collectives": [*row["collectives"], more | {"asynchronous": True}]}
+
+
 def test_a_cell_that_got_worse_is_refused():
     row = ledger.read(DOCS)[0]
     assert "no new collectives" in ledger.compare(DOCS, row)
     with pytest.raises(ValueError, match="3.0% more than the .* recorded: find out why"):
         ledger.compare(DOCS, row | {"peak_gib": 1.03 * row["peak_gib"]})
     with pytest.raises(ValueError, match="did not have: broadcast"):
-        ledger.compare(DOCS, row | {"collectives": [*row["collectives"], {"kind": "broadcast"}]})
+        ledger.compare(DOCS, moving(row, {"kind": "broadcast", "gigabytes": 0}))
+    more = 0.03 * ledger.moved(row)
+    with pytest.raises(ValueError, match="moves .* GB between chips"):
+        ledger.compare(DOCS, moving(row, {"kind": "all-gather", "gigabytes": more}))
+    waiting = [each | {"asynchronous": False} for each in row["collectives"]]
+    with pytest.raises(ValueError, match="moves synchronously .* GB between chips"):
+        ledger.compare(DOCS, row | {"collectives": waiting})
     other = row | {"jax": "another", "peak_gib": 2 * row["peak_gib"]}
     assert "not compared" in ledger.compare(DOCS, other)
     with pytest.raises(ValueError, match="has no row of 7b code on v5e:2x2"):
