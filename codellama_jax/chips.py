@@ -29,7 +29,7 @@ class Chip:
     hbm_gbs: float  # per chip
     link_gbs: float  # one link between chips, one way
     dims: int  # of the torus
-    wraps_at: int  # a dimension of a multiple of this size is a ring, others are lines
+    wraps_at: int  # dimensions of a multiple of this size are rings, see Slice.rings
     largest: int  # chips in the biggest slice
     dcn_gbs: float  # between slices, per chip, one way
 
@@ -91,6 +91,22 @@ class Slice:
         """JAX devices."""
         return self.chips * self.chip.devices
 
+    @property
+    def rings(self) -> tuple[bool, ...]:
+        """Which dimensions are rings; the others are lines.
+
+        Of v5e and v6e each one of 16. Of the others all, in slices of whole cubes of 4 x 4 x 4, which
+        optical switches join; none in smaller ones.
+        """
+        whole = tuple(size % self.chip.wraps_at == 0 for size in self.shape)
+        return whole if self.chip.dims == 2 else (all(whole),) * self.chip.dims
+
+    @property
+    def wrap(self) -> tuple[bool, ...]:
+        """The rings that libtpu has to be told of: it knows those of flat slices, but takes cubes for
+        lines, where it moves weights by all-reduces of three times the bytes."""
+        return self.rings if self.chip.dims == 3 and any(self.rings) else ()
+
     def topology(self) -> list:
         """Its devices, for compiling only. Raises ValueError without libtpu.
 
@@ -112,7 +128,9 @@ class Slice:
             raise ValueError(
                 "planning for TPUs needs their compiler: pip install 'codellama_jax[aot]'"
             ) from None
-        options = {"chip_config_name": "megacore"} if self.chip.name == "v4" else {}
+        options: dict = {"chip_config_name": "megacore"} if self.chip.name == "v4" else {}
+        if self.wrap:
+            options["wrap"] = self.wrap
         if self.count > 1:
             options["num_slices"] = self.count
         if math.prod(self.shape) == 1:

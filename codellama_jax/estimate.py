@@ -166,11 +166,11 @@ def span(each: schedule.Collective, places: list, slices: list, where: chips.Sli
     if len({slices[i] for i in group}) > 1:
         return 0.0
     links = 0.0
-    for dim, size in enumerate(where.shape):
+    for dim, (size, is_ring) in enumerate(zip(where.shape, where.rings, strict=True)):
         met = {places[i][dim] for i in group}
         if len(met) == 1:
             continue
-        ring = 2.0 if size % where.chip.wraps_at == 0 else 1.0
+        ring = 2.0 if is_ring else 1.0
         reach = max(met) - min(met) + 1
         links += ring if len(met) == size else 1.0 if reach == len(met) else ring * len(met) / size
     return links or 1.0

@@ -119,7 +119,7 @@ def program(stage: config.Stage, where: chips.Slice, options: dict, cache: Path)
     if name is not None:
         return name, None
     lowered, mesh = lower(stage, where)
-    name = digest([lowered.as_text(), str(where), options, versions()])
+    name = digest([lowered.as_text(), str(where), options, versions(), *where.wrap])
     save(cache / f"{asked}.alias.json", name)
     return name, (lowered, mesh)
 

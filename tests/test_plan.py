@@ -263,6 +263,22 @@ def test_a_slice_that_is_none_is_refused(text, said):
         chips.Slice.parse(text)
 
 
+@pytest.mark.parametrize(
+    "text, rings, wrap",
+    [
+        ("v5e:16x16", (True, True), ()),
+        ("v6e:8x16", (False, True), ()),
+        ("v5e:8x8", (False, False), ()),
+        ("v5p:4x4x8", (True, True, True), (True, True, True)),
+        ("v4:4x4x4", (True, True, True), (True, True, True)),
+        ("v5p:2x4x4", (False, False, False), ()),  # less than a cube
+    ],
+)
+def test_cubes_and_sides_of_16_are_rings_and_libtpu_is_told_of_cubes(text, rings, wrap):
+    where = chips.Slice.parse(text)
+    assert (where.rings, where.wrap) == (rings, wrap)
+
+
 def test_links_of_a_group():
     places = [(x, y) for x in range(16) for y in range(16)]
     one = [0] * 256
