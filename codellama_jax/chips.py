@@ -95,16 +95,16 @@ class Slice:
     def rings(self) -> tuple[bool, ...]:
         """Which dimensions are rings; the others are lines.
 
-        Of v5e and v6e each one of 16. Of the others all, in slices of whole cubes of 4 x 4 x 4, which
-        optical switches join; none in smaller ones.
+        Of v5e and v6e each one of 16. Of the others all, in slices of whole cubes of 4 x 4 x 4,
+        which optical switches join; none in smaller ones.
         """
         whole = tuple(size % self.chip.wraps_at == 0 for size in self.shape)
         return whole if self.chip.dims == 2 else (all(whole),) * self.chip.dims
 
     @property
     def wrap(self) -> tuple[bool, ...]:
-        """The rings that libtpu has to be told of: it knows those of flat slices, but takes cubes for
-        lines, where it moves weights by all-reduces of three times the bytes."""
+        """The rings that libtpu has to be told of: it knows those of flat slices, but takes cubes
+        for lines, where it moves weights by all-reduces of three times the bytes."""
         return self.rings if self.chip.dims == 3 and any(self.rings) else ()
 
     def topology(self) -> list:
