@@ -1,15 +1,16 @@
 """The ledger of compiled cells: docs/pods.json, and the table of it inside docs/pods.md.
 
-A row is what one compile said of one stage on one slice (plan.plan), with its versions and the hash
+A row is what one compile said of one stage on one slice (cell.plan), with its versions and the hash
 of its program. Rows of the same size, stage, slice and layout replace one another. What reading and
-generating need (plan_decode) is kept beside it, in docs/pods_generation.json and a table of its
+generating need (generation.py) is kept beside it, in docs/pods_generation.json and a table of its
 own.
 """
 
 import json
 from pathlib import Path
 
-from codellama_jax import config, plan, whole
+from codellama_jax import config, whole
+from codellama_jax.plan import cell, shown
 
 MOST_GROWTH = 0.02  # of the peak and of what collectives move, against the ledger
 LEDGER, GENERATION = "pods.json", "pods_generation.json"
@@ -22,13 +23,13 @@ TIME = (
 )
 
 
-def row(size: str, report: plan.Report) -> dict:
+def row(size: str, report: cell.Report) -> dict:
     """A flat row of the ledger."""
     memory, time, made = report["memory"], report["time"], report["compiled"]
     return {
         "size": size,
         **{name: report[name] for name in ("stage", "slice", "rows", "seq_len")},
-        "layout": " ".join(plan.as_fields(config.Layout(**report["layout"]))),
+        "layout": " ".join(shown.as_fields(config.Layout(**report["layout"]))),
         "mesh": " x ".join(f"{axis} {ways}" for axis, ways in report["mesh"].items()),
         **{f"{name}_gib": memory[name] for name in MEMORY},
         "headroom": memory["headroom"],
@@ -75,7 +76,7 @@ def key(row: dict) -> tuple:
 
 def find(folder: Path, size: str, stage: config.Stage, where: str, layout: config.Layout):
     """The row of a cell, or None."""
-    fields = " ".join(plan.as_fields(layout))
+    fields = " ".join(shown.as_fields(layout))
     wanted = (size, stage.data.seq_len, stage.data.rows_per_batch, stage.name, where, fields)
     return next((row for row in read(folder) if key(row) == wanted), None)
 
@@ -87,8 +88,8 @@ SERVED = (
 )
 
 
-def record_generation(folder: Path, size: str, found: dict[str, plan.Report]) -> None:
-    """Puts what plan_decode said of prefill and decode into the table of folder/pods.md."""
+def record_generation(folder: Path, size: str, found: dict[str, cell.Report]) -> None:
+    """Puts what generation.py said of prefill and decode into the table of folder/pods.md."""
     new = [served(size, report) for report in found.values()]
     names = ("size", "slice", "rows", "context", "program")
     keys = [[row[name] for name in names] for row in new]
@@ -97,7 +98,7 @@ def record_generation(folder: Path, size: str, found: dict[str, plan.Report]) ->
     write(folder, GENERATION, "generation", rows, generation_table(rows))
 
 
-def served(size: str, report: plan.Report) -> dict:
+def served(size: str, report: cell.Report) -> dict:
     """A flat row of one program."""
     memory, made = report["memory"], report["compiled"]
     return {

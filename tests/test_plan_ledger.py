@@ -1,4 +1,4 @@
-"""The ledger of compiled cells, the recipes' layouts, the planning tool; and real TPU compiles."""
+"""The ledger of compiled cells, the recipes' layouts and their twins; and real TPU compiles."""
 
 import argparse
 import fcntl
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from codellama_jax import chips, config, launch, ledger, plan, schedule, twins
+from codellama_jax import config, launch
+from codellama_jax.plan import cell, chips, collective, ledger, program, shown, twins, whole_ledger
 from recipes import code_llama
 from tools import plan_pod
 
@@ -28,7 +29,7 @@ def test_every_layout_of_the_recipes_divides():
                 others = layout.data * layout.tensor * layout.context
                 fsdp = where.devices // others if layout.fsdp == -1 else layout.fsdp
                 assert others * fsdp == where.devices
-                plan.check_rows(replace(stage, layout=layout), where, layout.data * fsdp)
+                program.check_rows(replace(stage, layout=layout), where, layout.data * fsdp)
                 found += 1
     assert found
 
@@ -55,8 +56,8 @@ def test_every_layout_of_the_recipes_is_in_the_ledger_with_room_to_spare():
     }
     for (size, number, length), layouts in code_llama.LAYOUTS.items():
         for where, layout in layouts.items():
-            row = rows[size, number, length, where, " ".join(plan.as_fields(layout))]
-            assert row["headroom"] >= plan.HEADROOM
+            row = rows[size, number, length, where, " ".join(shown.as_fields(layout))]
+            assert row["headroom"] >= cell.HEADROOM
             assert row["peak_gib"] <= row["limit_gib"]
 
 
@@ -68,7 +69,7 @@ def test_the_table_of_generation_in_the_docs_is_that_of_its_rows():
     rows = ledger.read(DOCS, ledger.GENERATION)
     assert ledger.generation_table(rows) in (DOCS / "pods.md").read_text()
     assert {row["context"] for row in rows if row["size"] in ("7b", "34b")} >= {100_000}
-    assert all(row["headroom"] >= plan.HEADROOM for row in rows)
+    assert all(row["headroom"] >= cell.HEADROOM for row in rows)
 
 
 def test_recording_a_cell_again_replaces_it(tmp_path):
@@ -104,80 +105,6 @@ def test_a_cell_that_got_worse_is_refused():
         ledger.compare(DOCS, row | {"slice": "v5e:2x2", "size": "7b", "stage": "code"})
 
 
-# -- the tool ------------------------------------------------------------------------------------
-def test_without_a_slice_the_smallest_of_the_ledger_is_proposed_and_else_by_arithmetic():
-    long = code_llama.stages("34b")["long_context"]
-    known = [row for row in ledger.read(DOCS) if plan_pod.is_of(row, "34b", long)]
-    rows = plan_pod.survey(long)
-    fewest = min(chips.Slice.parse(row["slice"]).chips for row in known)
-    assert chips.Slice.parse(plan_pod.propose(known, rows)).chips == fewest
-    by_arithmetic = plan_pod.propose([], rows)
-    assert by_arithmetic in [row["slice"] for row in rows if row["smallest"]]
-    said = plan_pod.surveyed(long, known, rows)
-    assert "64 rows of 16,384" in said and all(row["slice"] in said for row in known)
-
-
-def test_a_plan_starts_from_the_layout_of_the_recipe_or_one_that_fits_by_arithmetic():
-    where = chips.Slice.parse("v5e:16x16")
-    of_recipe = code_llama.layouts(CODE_7B, "7b")["v5e:16x16"]
-    assert plan_pod.laid_out(CODE_7B, "7b", where, []).layout == of_recipe
-    changed = plan_pod.laid_out(CODE_7B, "7b", where, ["layout.remat=full"])
-    assert changed.layout == replace(of_recipe, remat="full")
-    other = plan_pod.laid_out(CODE_7B, "7b", chips.Slice.parse("v5e:8x8"), [])
-    assert other.layout.fsdp * other.layout.tensor * other.layout.context == 64
-    alone = plan_pod.laid_out(CODE_7B, "7b", chips.Slice.parse("v5e:8x8"), ["layout.tensor=2"])
-    assert alone.layout == replace(CODE_7B.layout, tensor=2)
-
-
-def test_without_a_slice_all_that_is_known_is_one_json_object(monkeypatch, capsys):
-    monkeypatch.setattr(plan, "plan", lambda stage, where: {"slice": str(where)})
-    stage = code_llama.stages("34b")["long_context"]
-    args = argparse.Namespace(size="34b", json=True, set=[])
-    plan_pod.plan_without_slice(stage, args)
-    said = json.loads(capsys.readouterr().out)
-    assert said["plan"]["slice"] in [row["slice"] for row in said["compiled"]]
-    assert {row["slice"].split(":")[0] for row in said["arithmetic"]} == set(chips.CHIPS)
-
-
-def test_cells_of_other_programs_and_cells_that_are_missing_are_named(monkeypatch):
-    rows = {ledger.key(row): row for row in ledger.read(DOCS)}
-    monkeypatch.setattr(plan, "program", lambda *_: ("of today", None))
-    changed = plan_pod.outdated()
-    assert {cell.why for cell in changed} <= {"missing", "other program"}
-    names = {(cell.size, cell.stage.name, str(cell.where)) for cell in changed}
-    assert {(row["size"], row["stage"], row["slice"]) for row in rows.values()} <= names
-    monkeypatch.setattr(ledger, "find", lambda *_: {"program": "of today"})
-    assert plan_pod.outdated() == []  # nothing kept, so nothing to estimate anew
-
-
-def test_a_row_whose_kept_program_is_estimated_otherwise_today_is_named(monkeypatch):
-    row, where = ledger.read(DOCS)[0], chips.Slice.parse("v5e:16x16")
-    monkeypatch.setattr(plan, "program", lambda *_: (row["program"], None))
-    monkeypatch.setattr(plan, "load", lambda _: {})
-    monkeypatch.setattr(plan, "plan", lambda *_: None)
-
-    def why(now):
-        monkeypatch.setattr(ledger, "row", lambda *_: now)
-        return plan_pod.staleness("7b", CODE_7B, where, row)
-
-    assert (why(row), why(row | {"mfu": 0.1})) == ("", "other estimate")
-    assert plan_pod.staleness("7b", CODE_7B, where, None) == "missing"
-
-
-def test_a_search_ranks_what_fits_before_what_does_not(monkeypatch):
-    def planned(stage, where):
-        if stage.layout.remat == "dots":
-            raise ValueError("too big")
-        seconds = 1.0 + stage.layout.microbatches
-        return {"time": {"step_seconds": seconds, "mfu": 0.5}, "memory": {"peak": 1.0}}
-
-    monkeypatch.setattr(plan, "plan", planned)
-    found = plan_pod.search(CODE_7B, chips.Slice.parse("v5e:16x16"), 12, quiet=True)
-    times = [report["time"]["step_seconds"] for report in found if "time" in report]
-    assert times == sorted(times) and len(found) == 12
-    assert ["refused" in report for report in found] == sorted("refused" in r for r in found)
-
-
 # -- twins ---------------------------------------------------------------------------------------
 def test_a_twin_that_needs_more_is_refused():
     old = {"peak_bytes": 1_000, "kinds": ["all-gather"], "jax": "1", "libtpu": "2"}
@@ -192,7 +119,10 @@ def test_a_twin_that_needs_more_is_refused():
 
 def test_every_layout_of_the_recipes_has_its_twin_recorded():
     names = {
-        twins.name_of(stage, size, str(where)) for size, stage, where in plan_pod.laid_out_stages()
+        twins.name_of(stage, size, str(where))
+        for size, stage, where in whole_ledger.laid_out_stages(
+            code_llama.stages, code_llama.layouts
+        )
     }
     assert names == twins.read(DOCS).keys()
 
@@ -238,15 +168,15 @@ def test_the_twins_of_all_layouts_need_no_more_than_they_did(tool):
     "row", IN_CI, ids=lambda row: f"{row['size']}-{row['stage']}-{row['slice']}"
 )
 def test_a_real_cell_needs_no_more_than_in_the_ledger(row, tool, tmp_path):
-    cell = ("--size", row["size"], "--stage", row["stage"], "--slice", row["slice"])
-    report = json.loads(tool(*cell, "--check", "--json"))
+    which = ("--size", row["size"], "--stage", row["stage"], "--slice", row["slice"])
+    report = json.loads(tool(*which, "--check", "--json"))
     where, stage = chips.Slice.parse(row["slice"]), code_llama.stages(row["size"])[row["stage"]]
     state = 12 * stage.model.num_params / (where.devices // report["layout"]["data"])
     assert report["memory"]["arguments"] * 2**30 == pytest.approx(state, rel=0.02)
-    assert report["memory"]["headroom"] >= plan.HEADROOM
-    assert {each["kind"] for each in report["time"]["collectives"]} <= set(schedule.KINDS)
+    assert report["memory"]["headroom"] >= cell.HEADROOM
+    assert {each["kind"] for each in report["time"]["collectives"]} <= set(collective.KINDS)
     stage = replace(stage, layout=code_llama.layouts(stage, row["size"])[row["slice"]])
-    again = plan.plan(stage, where, cache=tmp_path / "codellama_jax" / "plan")
+    again = cell.plan(stage, where, cache=tmp_path / "codellama_jax" / "plan")
     assert json.loads(json.dumps(again)) == report  # kept: nothing is compiled here
 
 

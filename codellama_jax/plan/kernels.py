@@ -14,8 +14,8 @@ it. tools/bench_kernels.py compiles the kernels and prints this table.
 import math
 from typing import NamedTuple
 
-from codellama_jax import chips
 from codellama_jax.config import check
+from codellama_jax.plan import chips
 
 PARTS = ("dkv", "dq", "fwd")  # the gradient of keys and values, of queries; the output
 PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # of block x block x H each

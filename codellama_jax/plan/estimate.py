@@ -15,7 +15,9 @@ small ones. Nothing ran on a chip.
 from collections.abc import Callable
 from typing import Any
 
-from codellama_jax import chips, config, kernels, schedule
+from codellama_jax import config
+from codellama_jax.plan import chips, kernels, schedule
+from codellama_jax.plan.collective import Collective
 
 Report = dict[str, Any]
 
@@ -141,7 +143,7 @@ def regions(
     ]
 
 
-def moved(each: schedule.Collective, links: float) -> Report:
+def moved(each: Collective, links: float) -> Report:
     return {
         "kind": each.kind,
         "dtype": each.dtype,
@@ -152,7 +154,7 @@ def moved(each: schedule.Collective, links: float) -> Report:
     }
 
 
-def span(each: schedule.Collective, places: list, slices: list, where: chips.Slice) -> float:
+def span(each: Collective, places: list, slices: list, where: chips.Slice) -> float:
     """How many links a device sends through at once in this collective; 0 is the DCN.
 
     Along each dimension of the torus that the group spans: 2 if it is the whole ring, 1 on a line,

@@ -13,8 +13,9 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from codellama_jax import arithmetic, chips, config, ledger, plan, whole
+from codellama_jax import config, whole
 from codellama_jax.config import check
+from codellama_jax.plan import arithmetic, cell, chips, ledger, shown
 
 FILE = "pods_twins.json"
 DIM, HEADS, FFN, VOCABULARY, LENGTH = 2_048, 16, 4_096, 4_096, 256
@@ -42,7 +43,7 @@ def twin(stage: config.Stage, where: chips.Slice) -> tuple[config.Stage, chips.S
 
 def needs(stage: config.Stage, where: chips.Slice, cache: Path | None = None) -> dict:
     """What the twin of a stage needs, compiled with least effort: peak bytes, collectives."""
-    report = plan.plan(*twin(stage, where), quick=True, cache=cache)
+    report = cell.plan(*twin(stage, where), quick=True, cache=cache)
     made = report["compiled"]
     return {
         "peak_bytes": report["memory"]["peak_bytes"],
@@ -54,7 +55,7 @@ def needs(stage: config.Stage, where: chips.Slice, cache: Path | None = None) ->
 
 def name_of(stage: config.Stage, size: str, where: str) -> str:
     rows = f"{stage.data.rows_per_batch}x{stage.data.seq_len}"
-    return f"{size} {rows} {where} " + " ".join(plan.as_fields(stage.layout))
+    return f"{size} {rows} {where} " + " ".join(shown.as_fields(stage.layout))
 
 
 def read(folder: Path) -> dict[str, dict]:

@@ -1,11 +1,13 @@
 """What a stage needs on a slice by arithmetic alone: what to compile, not what to believe.
 
-Bytes come within a fifth of the compiler's (tests/test_plan.py), seconds only order layouts.
+Bytes come within a fifth of the compiler's (tests/test_plan_arithmetic.py),
+seconds only order layouts.
 """
 
 from dataclasses import fields, replace
 
-from codellama_jax import chips, config
+from codellama_jax import config
+from codellama_jax.plan import chips
 
 SPARED = 0.9  # share of the memory that arithmetic may fill
 SPLITS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (4, 1), (8, 1))  # (tensor, context); 8 K/V heads

@@ -1,7 +1,7 @@
 """What reading prompts and generating need on a TPU slice, from compiling decode.py's two programs.
 
-    found = plan_decode.plan_generation(SIZES["34b"], chips.Slice.parse("v5e:2x4"), 1, 100_000)
-    found["prefill"], found["decode"]     # reports like those of plan.plan
+    found = generation.plan_generation(SIZES["34b"], chips.Slice.parse("v5e:2x4"), 1, 100_000)
+    found["prefill"], found["decode"]     # reports like those of cell.plan
 
 Weights lie split over `tensor`, rows over `data`; nothing is gathered. So a slice has at most
 num_kv_heads devices for a row. The time of a program is the larger of two:
@@ -15,16 +15,16 @@ token, a share of a call that adds decode.DECODE_CHUNK.
 """
 
 import gzip
-import hashlib
 import math
 from pathlib import Path
 from typing import Any
 
-from codellama_jax import arithmetic, chips, config, estimate, kernels, plan
+from codellama_jax import config
 from codellama_jax.config import check
+from codellama_jax.plan import arithmetic, cell, chips, estimate, kernels, program, store
 
 ANSWER = 512  # tokens that the cache has room for after the prompt
-SOURCES = (*plan.SOURCES, "attention_cache", "decode", "plan_decode")
+SOURCES = (*program.SOURCES, "attention_cache", "decode", "plan/generation")
 
 Report = dict[str, Any]
 
@@ -46,8 +46,8 @@ def plan_generation(
     heads do not divide, or when it does not fit, with what would.
     """
     layout = layout_of(model, where, batch, tensor)
-    options = plan.least_effort(where.chip.name) if quick else {}
-    cache = cache or plan.cache_folder()
+    options = program.least_effort(where.chip.name) if quick else {}
+    cache = cache or store.folder()
     made = {}
     for name in ("prefill", "decode"):
         facts, text = _compiled(name, model, layout, where, batch, context, options, cache)
@@ -60,7 +60,7 @@ def plan_generation(
             "seq_len": context,
             "layout": config.to_json(layout),
             "mesh": facts["mesh"],
-            "memory": plan.memory(facts, where.chip),
+            "memory": cell.memory(facts, where.chip),
             "compiled": facts["compiled"],
         }
         if not quick:
@@ -93,24 +93,19 @@ def layout_of(
 def _compiled(name, model, layout, where, batch, context, options, cache):
     """What the compiler says of a program, and its schedule; from the cache if asked before."""
     question = [name, config.to_json(model), config.to_json(layout), str(where), batch, context]
-    asked = plan.digest([*question, options, plan.versions(), _own_code()])
-    key, made = plan.load(cache / f"{asked}.alias.json"), None
+    asked = store.digest([*question, options, store.versions(), store.own_code(SOURCES)])
+    key, made = store.load(cache / f"{asked}.alias.json"), None
     if key is None:
         made = lower(name, model, layout, where, batch, context)
-        key = plan.digest([made[0].as_text(), str(where), options, plan.versions()])
-        plan.save(cache / f"{asked}.alias.json", key)
-    facts = plan.load(cache / f"{key}.json")
+        key = store.digest([made[0].as_text(), str(where), options, store.versions()])
+        store.save(cache / f"{asked}.alias.json", key)
+    facts = store.load(cache / f"{key}.json")
     if facts is None:
         lowered, mesh = made or lower(name, model, layout, where, batch, context)
-        facts, text = plan.compile_now(lowered, mesh, options)
-        plan.save(cache / f"{key}.hlo.gz", gzip.compress(text.encode()))
-        plan.save(cache / f"{key}.json", facts)
+        facts, text = program.compile_now(lowered, mesh, options)
+        store.save(cache / f"{key}.hlo.gz", gzip.compress(text.encode()))
+        store.save(cache / f"{key}.json", facts)
     return facts, gzip.decompress((cache / f"{key}.hlo.gz").read_bytes()).decode()
-
-
-def _own_code() -> str:
-    files = [Path(__file__).parent / f"{name}.py" for name in SOURCES]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def lower(
@@ -280,35 +275,3 @@ def _cache_bytes(model, mesh, batch, prompt, name) -> float:
     ways = mesh.get("data", 1) * mesh.get("tensor", 1)
     slots = prompt + decode.bucket(ANSWER)
     return 2 * 2 * model.num_layers * batch * model.num_kv_heads * slots * model.head_dim / ways
-
-
-# -- for people ----------------------------------------------------------------------------------
-def table(reports: dict[str, Report]) -> str:
-    """The reports as lines to read."""
-    lines = []
-    for name, report in reports.items():
-        memory, mesh = report["memory"], " x ".join(f"{k} {n}" for k, n in report["mesh"].items())
-        lines.append(
-            f"{name} on {report['slice']}: {report['chips']} chips, mesh {mesh or 'of one'}, "
-            f"{report['rows']:,} rows of {report['seq_len']:,}"
-        )
-        lines.append(
-            f"memory     peak {memory['peak']:.2f} of {memory['limit']} GiB a device, "
-            f"{memory['headroom']:.1%} free (arguments {memory['arguments']:.2f}, temporaries "
-            f"{memory['temporaries']:.2f})"
-        )
-        if "time" in report:
-            time = report["time"]
-            lines.append(
-                f"time       {time['step_seconds']:.4f} s = the larger of memory "
-                f"{time['memory_seconds']:.4f} and compute {time['compute_seconds']:.4f} + "
-                f"attention {time['kernels_seconds']:.4f} + exposed links "
-                f"{time['exposed_seconds']:.4f}; {time['binds']} binds; "
-                f"{time['tokens_per_second']:,.0f} tokens/s, MFU {time['mfu']:.1%}"
-            )
-        made = report["compiled"]
-        lines.append(
-            f"compiled   in {made['seconds']:.0f} s ({made['cpu_seconds']:.0f} s of CPU) by jax "
-            f"{made['jax']}, libtpu {made['libtpu']}"
-        )
-    return "\n".join(lines)

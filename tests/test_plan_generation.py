@@ -6,7 +6,8 @@ import jax
 import pytest
 import spine_fixture as tiny
 
-from codellama_jax import chips, config, decode, kernels, plan, plan_decode, schedule, sharding
+from codellama_jax import config, decode, sharding
+from codellama_jax.plan import chips, generation, kernels, program, schedule, shown
 
 SMALL = replace(
     tiny.MODEL, dim=256, num_heads=2, num_kv_heads=2, ffn_dim=256, vocab_size=256, max_seq_len=4_096
@@ -40,7 +41,7 @@ def test_a_loop_that_ends_at_a_value_runs_as_often_as_is_said():
 
 # -- layouts -------------------------------------------------------------------------------------
 def test_heads_are_split_first_and_rows_over_what_is_left():
-    layout = plan_decode.layout_of(config.SIZES["34b"], chips.Slice.parse("v5e:4x4"), batch=2)
+    layout = generation.layout_of(config.SIZES["34b"], chips.Slice.parse("v5e:4x4"), batch=2)
     assert (layout.data, layout.fsdp, layout.tensor) == (2, 1, 8)
 
 
@@ -54,7 +55,7 @@ def test_heads_are_split_first_and_rows_over_what_is_left():
 def test_what_does_not_divide_is_refused_with_what_would(slice_name, batch, tensor, sentence):
     where = chips.Slice.parse(slice_name)
     with pytest.raises(ValueError, match=sentence):
-        plan_decode.layout_of(config.SIZES["34b"], where, batch, tensor)
+        generation.layout_of(config.SIZES["34b"], where, batch, tensor)
 
 
 @pytest.mark.parametrize(
@@ -67,9 +68,9 @@ def test_what_does_not_divide_is_refused_with_what_would(slice_name, batch, tens
 )
 def test_what_does_not_fit_is_told_what_would(tmp_path, monkeypatch, where, batch, hint):
     refused = {"mesh": {}, "too_big": {"needs": 20.0, "has": 15.75}}
-    monkeypatch.setattr(plan_decode, "_compiled", lambda *_: (refused, ""))
+    monkeypatch.setattr(generation, "_compiled", lambda *_: (refused, ""))
     with pytest.raises(ValueError, match=f"{batch} rows of 100000 .* 15.75: try {hint}$"):
-        plan_decode.plan_generation(
+        generation.plan_generation(
             config.SIZES["34b"], chips.Slice.parse(where), batch, 100_000, cache=tmp_path
         )
 
@@ -77,7 +78,7 @@ def test_what_does_not_fit_is_told_what_would(tmp_path, monkeypatch, where, batc
 def test_reading_takes_little_longer_than_its_products():
     model, where = config.SIZES["34b"], chips.Slice.parse("v5e:2x4")
     chunks = -(-100_000 // decode.chunk_of(decode.bucket(100_000), "splash"))
-    found = chunks * plan_decode._reading(model, where, {"tensor": 8}, 1, 100_000)
+    found = chunks * generation._reading(model, where, {"tensor": 8}, 1, 100_000)
     products = kernels.ideal("fwd", where.chip, 1) * 100_000**2 / 2  # of one head
     heads = model.num_heads / 8
     assert 1 < found * where.chip.clock_ghz * 1e9 / (heads * products) < 1.25
@@ -88,7 +89,7 @@ def test_reading_takes_little_longer_than_its_products():
 def test_a_plan_counts_every_byte_and_every_chunk(tmp_path):
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install codellama_jax[aot]")
     short, long = (
-        plan_decode.plan_generation(SMALL, FOUR, batch=2, context=n, cache=tmp_path)
+        generation.plan_generation(SMALL, FOUR, batch=2, context=n, cache=tmp_path)
         for n in (4_096, 8_192)
     )
     weights = 2 * SMALL.num_params / 2**30
@@ -105,9 +106,9 @@ def test_a_plan_counts_every_byte_and_every_chunk(tmp_path):
     one, two = (found["prefill"]["time"] for found in (short, long))
     assert 1.5 < two["compute_seconds"] / one["compute_seconds"] < 2.5  # twice the chunks
     assert 3 < two["kernels_seconds"] / one["kernels_seconds"] < 4  # 6 blocks, then 20
-    again = plan_decode.plan_generation(SMALL, FOUR, batch=2, context=8_192, cache=tmp_path)
+    again = generation.plan_generation(SMALL, FOUR, batch=2, context=8_192, cache=tmp_path)
     assert again == long
-    assert "decode on v5e:2x2: 4 chips, mesh data 2 x tensor 2" in plan_decode.table(long)
+    assert "decode on v5e:2x2: 4 chips, mesh data 2 x tensor 2" in shown.generation_table(long)
 
 
 @pytest.mark.slow
@@ -115,7 +116,7 @@ def test_what_does_not_fit_is_refused_with_the_bytes(tmp_path):
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install codellama_jax[aot]")
     model = replace(SMALL, num_layers=1)
     with pytest.raises(ValueError, match="prefill of 4096 rows .* needs .* GiB .*batch=2048, a sh"):
-        plan_decode.plan_generation(
+        generation.plan_generation(
             model, FOUR, batch=4_096, context=65_536, quick=True, cache=tmp_path
         )
 
@@ -131,13 +132,13 @@ def test_prompts_longer_than_a_chunk_are_read_by_weights_of_any_dtype(dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     params = jax.tree.map(
-        lambda w: of(w.shape, dtype, w.sharding), plan_decode.abstract_weights(model, mesh)
+        lambda w: of(w.shape, dtype, w.sharding), generation.abstract_weights(model, mesh)
     )
     rows = jax.sharding.NamedSharding(mesh, sharding.spec("batch"))
     with jax.set_mesh(mesh):
         lowered = decode.prefill.lower(
             params, of((2, 4_096), "int32", rows), of((2,), "int32", rows), model=model, room=16
         )
-    program = lowered.compile(compiler_options=plan.least_effort("v5e"))
-    kernels_called = program.as_text().count("splash_mqa_fwd")
+    compiled = lowered.compile(compiler_options=program.least_effort("v5e"))
+    kernels_called = compiled.as_text().count("splash_mqa_fwd")
     assert (kernels_called > 0) == (dtype != "float16")  # which the kernel does not know
