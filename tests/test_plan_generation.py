@@ -6,7 +6,8 @@ import jax
 import pytest
 import spine_fixture as tiny
 
-from codellama_jax import config, decode, sharding
+from codellama_jax import config, sharding
+from codellama_jax.generate import decode
 from codellama_jax.plan import chips, generation, kernels, program, schedule, shown
 
 SMALL = replace(

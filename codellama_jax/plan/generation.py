@@ -1,4 +1,4 @@
-"""What reading prompts and generating need on a TPU slice, from compiling decode.py's two programs.
+"""What reading prompts and generating need on a TPU slice, compiled from the programs of generate.
 
     found = generation.plan_generation(SIZES["34b"], chips.Slice.parse("v5e:2x4"), 1, 100_000)
     found["prefill"], found["decode"]     # reports like those of cell.plan
@@ -24,7 +24,7 @@ from codellama_jax.config import check
 from codellama_jax.plan import arithmetic, cell, chips, estimate, kernels, program, store
 
 ANSWER = 512  # tokens that the cache has room for after the prompt
-SOURCES = (*program.SOURCES, "attention_cache", "decode", "plan/generation")
+SOURCES = (*program.SOURCES, "generate/cached_attention", "generate/decode", "plan/generation")
 
 Report = dict[str, Any]
 
@@ -121,7 +121,8 @@ def lower(
     import jax
     import numpy as np
 
-    from codellama_jax import decode, sharding
+    from codellama_jax import sharding
+    from codellama_jax.generate import decode
 
     mesh = sharding.make_mesh(layout, devices)
     params = abstract_weights(model, mesh)
@@ -154,7 +155,7 @@ def lower(
 
 
 def abstract_weights(model: config.Model, mesh) -> dict:
-    """bfloat16 weights as shapes, as decode_weights.unstack leaves them: "layers" a list."""
+    """bfloat16 weights as shapes, as generate.weights.unstack leaves them: "layers" a list."""
     import jax
 
     from codellama_jax import state
@@ -209,7 +210,7 @@ def _larger(model, where, batch, needs) -> chips.Slice | None:
 # -- the estimate --------------------------------------------------------------------------------
 def _time(name, model, where, batch, context, facts, text) -> Report:
     """Seconds of one call: all chunks of the prompts, or one token for every row."""
-    from codellama_jax import decode
+    from codellama_jax.generate import decode
 
     prompt = decode.bucket(context)
     chunks = -(-context // decode.chunk_of(prompt, "splash"))
@@ -246,11 +247,11 @@ def _reading(model, where, mesh, batch, context) -> float:
 
     Counted as the forward kernel of training, whose blocks compare segments in addition.
     """
-    from codellama_jax import attention_cache, decode
+    from codellama_jax.generate import cached_attention, decode
 
     prompt = decode.bucket(context)
     chunk = decode.chunk_of(prompt, "splash")
-    queries, keys = attention_cache.blocks(chunk, prompt)
+    queries, keys = cached_attention.blocks(chunk, prompt)
     read = -(-context // chunk) * chunk
     ends = range(queries, read + 1, queries)  # of the blocks of queries
     cycles = kernels.cycles(
@@ -268,7 +269,7 @@ def _reading(model, where, mesh, batch, context) -> float:
 
 def _cache_bytes(model, mesh, batch, prompt, name) -> float:
     """Of a device, where the program makes the cache itself; decode is given it."""
-    from codellama_jax import decode
+    from codellama_jax.generate import decode
 
     if name == "decode":
         return 0.0

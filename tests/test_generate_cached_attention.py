@@ -10,7 +10,7 @@ import spine_fixture as tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codellama_jax import attention_cache
+from codellama_jax.generate import cached_attention
 
 H = 16
 
@@ -37,7 +37,7 @@ def definition(q_BCNH, k_BKSH, v_BKSH, start):
 
 @functools.partial(jax.jit, static_argnames=("slots", "kernel"))
 def chunk(q_BCNH, k_BKSH, v_BKSH, start, slots, kernel):
-    return attention_cache.chunk(q_BCNH, k_BKSH, v_BKSH, start, slots=slots, kernel=kernel)
+    return cached_attention.chunk(q_BCNH, k_BKSH, v_BKSH, start, slots=slots, kernel=kernel)
 
 
 @pytest.mark.parametrize("kernel", ["xla", "splash"])
@@ -52,9 +52,9 @@ def test_a_query_sees_the_slots_up_to_its_own(kernel, heads, kv_heads):
 @pytest.fixture(scope="module")
 def small_blocks():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_cache, "QUERY_BLOCK", 128)
-        patch.setattr(attention_cache, "KEY_BLOCK", 256)
-        patch.setattr(attention_cache, "KEYS", 128)
+        patch.setattr(cached_attention, "QUERY_BLOCK", 128)
+        patch.setattr(cached_attention, "KEY_BLOCK", 256)
+        patch.setattr(cached_attention, "KEYS", 128)
         yield
 
 

@@ -1,7 +1,7 @@
 """Requests through the compiled programs of decode.py: batches of like length, chunk by chunk.
 
 What the programs add to a batch goes to its rows, on the host, which say when they are done. The
-`params` are as decode_weights leaves them, and may lie on a mesh.
+`params` are as weights.py leaves them, and may lie on a mesh.
 
 Axes: B batch  T query position  C tokens of a chunk  V vocab
 """
@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from codellama_jax import config, decode, decode_weights, request, sharding, state
+from codellama_jax import config, sharding, state
 from codellama_jax.config import check
-from codellama_jax.request import Request, Sampling
+from codellama_jax.generate import decode, request, weights
+from codellama_jax.generate.request import Request, Sampling
 
 PIECE_SECONDS = 0.1  # how long a stream is silent, roughly
 
@@ -183,12 +184,12 @@ def _draw(sampling: Sampling, stop_ids: Sequence[int]) -> decode.Draw:
 
 def _batch_bucket(num_rows: int, params: state.Params) -> int:
     """A power of two, or a multiple of the ways the mesh splits a batch."""
-    mesh = decode_weights.mesh_of(params)
+    mesh = weights.mesh_of(params)
     sizes = dict(mesh.shape) if mesh else {}
     ways = math.prod(sizes.get(axis, 1) for axis in sharding.AXIS_RULES["batch"])
     return -(-(1 << (num_rows - 1).bit_length()) // ways) * ways
 
 
 def _on_mesh(params: state.Params):
-    mesh = decode_weights.mesh_of(params)
+    mesh = weights.mesh_of(params)
     return jax.set_mesh(mesh) if mesh else contextlib.nullcontext()

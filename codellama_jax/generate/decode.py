@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from codellama_jax import attention, attention_cache, config, sharding, state
+from codellama_jax import attention, config, sharding, state
 from codellama_jax import model as llama_model
+from codellama_jax.generate import cached_attention
 
 PREFILL_CHUNK = 512  # prompt tokens read at once: bounds the scores to [B, N, 512, S]
 TPU_PREFILL_CHUNK = 2_048  # there the scores never leave the kernel
@@ -90,7 +91,7 @@ def prefill(
 ) -> Rows:
     """Reads prompts and leaves `room` slots after them.
 
-    The layers of `params` are a list (decode_weights.unstack). T is a bucket; row b has
+    The layers of `params` are a list (weights.unstack). T is a bucket; row b has
     lengths_B[b] tokens, one at least, then padding of any id. Only its last position is turned into
     logits.
     """
@@ -155,7 +156,7 @@ def decode(
         mask_B1S = (prompt_BS | answer_1S)[:, None]
 
         def attend(q_BTNH, k_BTKH, v_BTKH, cache):
-            return attention_cache.masked(q_BTNH, *cache, mask_B1S)
+            return cached_attention.masked(q_BTNH, *cache, mask_B1S)
 
         # A TPU's compiler gives products of one row to the vector unit, 4 to 20 times slower: a
         # second row, whose token is of no use, has them computed by the matrix units.
@@ -250,7 +251,7 @@ def _read_chunk(llama, tokens_BT, start, C, caches, kernel):
     def attend(q_BCNH, k_BCKH, v_BCKH, cache):
         if C == T:  # nothing was read before: a causal row, faster without the cache
             return attention.attend(q_BCNH, k_BCKH, v_BCKH, kernel=kernel)
-        return attention_cache.chunk(q_BCNH, *cache, start, slots=T, kernel=kernel)
+        return cached_attention.chunk(q_BCNH, *cache, start, slots=T, kernel=kernel)
 
     return _forward(llama, tokens_BC, positions_BC, caches, start, attend, new=C)
 

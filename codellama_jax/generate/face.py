@@ -8,8 +8,8 @@
     for piece in llama.complete("class Stack:", stream=True):
         print(piece, end="", flush=True)
 
-prompts.py has the formats of the prompts, request.py the rows that are asked for, decode_weights.py
-where the weights come from, decode_rows.py the batches that compiled programs (decode.py) extend.
+prompts.py has the formats of the prompts, request.py the rows that are asked for, weights.py where
+the weights come from, batches.py the batches that compiled programs (decode.py) extend.
 """
 
 import dataclasses
@@ -21,9 +21,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from codellama_jax import config, decode_rows, decode_weights, prompts, request, state
+from codellama_jax import config, prompts, state
 from codellama_jax.config import check
-from codellama_jax.request import Request, Sampling
+from codellama_jax.generate import batches, request, weights
+from codellama_jax.generate.request import Request, Sampling
 from codellama_jax.tokenizer import Tokenizer
 
 BATCH_SIZE = 64  # rows decoded at once, unless the caller says
@@ -49,7 +50,7 @@ def load(
 
     Raises ValueError when there are no such weights, or the tokenizer does not fit them.
     """
-    model, params, found = decode_weights.load(path, dtype, mesh)
+    model, params, found = weights.load(path, dtype, mesh)
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = tokenizer or found
         tokenizer = Tokenizer(tokenizer) if tokenizer else None
@@ -98,19 +99,19 @@ class CodeLlama:
         self.model, self.tokenizer = model, tokenizer
         if isinstance(params["layers"], dict):
             own = jax.tree.map(lambda w: w, params)  # unstack empties it
-            params = decode_weights.unstack(own, model, dtype)
+            params = weights.unstack(own, model, dtype)
         held = params["norm"].dtype.name
         check(
             dtype in (None, held),
             f"dtype={dtype!r}: weights that lie layer by layer stay as they are, {held}; give "
             f"stacked ones, or load(..., dtype={dtype!r})",
         )
-        self.params, self.mesh = params, decode_weights.mesh_of(params)
+        self.params, self.mesh = params, weights.mesh_of(params)
 
     # -- ids -----------------------------------------------------------------------------------
     def logits(self, tokens_BT) -> np.ndarray:
         """float32[B, T, V] for int[B, T]: at each position the logits of the next token."""
-        return decode_rows.logits(self.params, tokens_BT, model=self.model)
+        return batches.logits(self.params, tokens_BT, model=self.model)
 
     def generate(
         self,
@@ -220,12 +221,12 @@ class CodeLlama:
         batch_size: int = BATCH_SIZE,
     ) -> None:
         """Extends each row until it is done or has max_new_tokens more."""
-        decode_rows.run(self.params, rows, sampling, stop_ids, batch_size, model=self.model)
+        batches.run(self.params, rows, sampling, stop_ids, batch_size, model=self.model)
 
     def _answer(self, rows, sampling, stop_ids, single, stream, batch_size):
         if stream:
             check(single, f"stream=True takes one prompt, not a list of {len(rows)}")
-            return decode_rows.stream(self.params, rows[0], sampling, stop_ids, model=self.model)
+            return batches.stream(self.params, rows[0], sampling, stop_ids, model=self.model)
         self.run(rows, sampling, stop_ids, batch_size)
         return rows[0].text() if single else [row.text() for row in rows]
 
