@@ -287,7 +287,8 @@ QUESTION = "Write a function `close` that closes the file."
 
 def finish(plan: dict[str, Stage], workdir: Path, tokenizer, seconds: float) -> None:
     """Judges the weights, exports them, and writes the report; all before took `seconds`."""
-    from codellama_jax import checkpoint, generate, report, results
+    from codellama_jax import checkpoint, generate, report
+    from codellama_jax.report import results
 
     began = time.monotonic()
     params = {name: checkpoint.restore_params(workdir / name, plan[name].model) for name in plan}
@@ -335,8 +336,9 @@ def finish(plan: dict[str, Stage], workdir: Path, tokenizer, seconds: float) -> 
 
 def judge_long_context(plan, params, corpus_dir: Path, tokenizer):
     """Loss by position before and after long context, on the same held-out files (fig. 4a)."""
-    from codellama_jax import results, sharding
+    from codellama_jax import sharding
     from codellama_jax.evals import heldout
+    from codellama_jax.report import results
 
     curves = [
         heldout.by_position(
@@ -356,8 +358,9 @@ def judge_long_context(plan, params, corpus_dir: Path, tokenizer):
 
 def judge_infilling(llama, plan, params, corpus_dir: Path, tokenizer):
     """Held-out lines: how well they are expected in every form, and how many are written right."""
-    from codellama_jax import results, sharding
+    from codellama_jax import sharding
     from codellama_jax.evals import infilling
+    from codellama_jax.report import results
 
     stage = plan[FINISHED]
     problems = infilling.problems(
@@ -380,7 +383,8 @@ def export(stage: Stage, params, workdir: Path, tokenizer):
 
     import numpy as np
 
-    from codellama_jax import convert, generate, results
+    from codellama_jax import convert, generate
+    from codellama_jax.report import results
 
     folder = workdir / "export" / stage.name
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier run; made anew from the checkpoint

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from codellama_jax import config, plots, results
+from codellama_jax import config
 from codellama_jax.evals.infilling import Middles
+from codellama_jax.report import plots, results
 
 
 class Table(NamedTuple):

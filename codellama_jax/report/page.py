@@ -11,9 +11,10 @@ import dataclasses
 import json
 from pathlib import Path
 
-from codellama_jax import metrics, plots, results, tables, whole
+from codellama_jax import metrics, whole
 from codellama_jax.evals.heldout import ByPosition
 from codellama_jax.evals.infilling import Problem
+from codellama_jax.report import plots, results, tables
 
 CONTEXT_LINES = 8  # shown on each side of an infill
 GENERATED_LINES = 6  # of an infill
