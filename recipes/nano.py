@@ -203,9 +203,10 @@ def use_cpu() -> None:
 
 def prepare(workdir: Path, code_dirs: list[str], tokenizer_file: str | None):
     """The tokenizer and the corpus of the run; made once, then found."""
-    from codellama_jax import tokenizer, tokenizer_train, whole
+    from codellama_jax import tokenizer, whole
     from codellama_jax.data import pipeline, sources
     from codellama_jax.data.inputs import Input
+    from codellama_jax.tokenizer import training
 
     library = (Input(sources.THIS_PYTHON),)
     given = tuple(Input(folder) for folder in code_dirs)
@@ -221,7 +222,7 @@ def prepare(workdir: Path, code_dirs: list[str], tokenizer_file: str | None):
         print("Reading and cleaning the corpus (about 15 s)", flush=True)
         if theirs is None and not path.exists():
             texts = pipeline.training_texts(folder, request, TOKENIZER_TEXTS)
-            tokenizer_train.train(texts, VOCAB_SIZE, path)
+            training.train(texts, VOCAB_SIZE, path)
     if theirs is not None:
         if path.exists():
             check(

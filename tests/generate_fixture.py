@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from codellama_jax import config, state, tokenizer, tokenizer_train
+from codellama_jax import config, state, tokenizer
+from codellama_jax.tokenizer import training
 
 V = 512  # batches of 4, buckets of 16 and 32: few shapes, for each takes seconds to compile
 MODEL = config.Model(
@@ -26,7 +27,7 @@ CODE = Path(json.__file__).parent / "decoder.py"  # text that every Python has
 
 def make_tokenizer(folder: Path) -> tokenizer.Tokenizer:
     path = folder / "tokenizer.model"
-    tokenizer_train.train([CODE.read_text()], V, path)
+    training.train([CODE.read_text()], V, path)
     return tokenizer.Tokenizer(path)
 
 

@@ -1,7 +1,7 @@
 """Text to token ids and back, as Code Llama does it.
 
 A vocabulary is a SentencePiece `tokenizer.model` (Meta's of 32,000 pieces, Code Llama's of 32,016,
-or a nano one of tokenizer_train.py) or a tokenizer.json, which tokenizer_json.py reads. What makes
+or a nano one of training.py) or a tokenizer.json, which json_file.py reads. What makes
 a Tokenizer more than a SentencePieceProcessor:
 
 - *Infilling.* SentencePiece puts a space before every text. A middle or a suffix continues a
@@ -24,7 +24,7 @@ from functools import cached_property
 import numpy as np
 from etils import epath
 
-from codellama_jax import spm_file
+from codellama_jax.tokenizer import spm_file
 
 SPACE = "\u2581"  # how pieces write a space
 SMILEY = "\u263a"  # put before a text, it takes the space that would be put before the text
@@ -58,9 +58,9 @@ class Tokenizer:
     def __new__(cls, path: str | os.PathLike):
         """A tokenizer.json is read by a class of its own, with the same face."""
         if cls is Tokenizer and os.fspath(path).endswith(".json"):
-            from codellama_jax import tokenizer_json
+            from codellama_jax.tokenizer import json_file
 
-            return object.__new__(tokenizer_json.JsonTokenizer)
+            return object.__new__(json_file.JsonTokenizer)
         return object.__new__(cls)
 
     def __init__(self, path: str | os.PathLike):

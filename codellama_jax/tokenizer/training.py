@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 import sentencepiece
 
-from codellama_jax import spm_file, whole
-from codellama_jax.tokenizer import INFILLING_PIECES, SMILEY, SPACE
+from codellama_jax import whole
+from codellama_jax.tokenizer import spm_file
+from codellama_jax.tokenizer.face import INFILLING_PIECES, SMILEY, SPACE
 
 WHITESPACE_PIECES = tuple(SPACE * n for n in range(2, 17))  # Llama has each up to 16
 _LAST = -1e9  # score of whitespace pieces in Llama: they merge after all others

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from test_tokenizer import TEXTS, check, texts
 
-from codellama_jax import prompts, tokenizer_json
+from codellama_jax import prompts
 from codellama_jax.convert import hf_tokenizer, vocabulary
-from codellama_jax.tokenizer import INFILLING_PIECES, Tokenizer, beside
-from codellama_jax.tokenizer_train import train
+from codellama_jax.tokenizer import INFILLING_PIECES, Tokenizer, beside, json_file
+from codellama_jax.tokenizer.training import train
 
 library = pytest.importorskip("tokenizers")
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
@@ -211,5 +211,5 @@ def test_a_template_that_puts_bos_is_seen(byte_level, tmp_path):
 def test_marks_have_the_names_of_code_llamas(tmp_path):
     content = {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 4, "content": "b"}]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    grown = tokenizer_json.with_infilling(str(tmp_path / "tokenizer.json"))["added_tokens"][1:]
+    grown = json_file.with_infilling(str(tmp_path / "tokenizer.json"))["added_tokens"][1:]
     assert [(t["id"], t["content"]) for t in grown] == list(enumerate(INFILLING_PIECES, 5))

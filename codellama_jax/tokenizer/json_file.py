@@ -19,7 +19,7 @@ from functools import cached_property
 
 from etils import epath
 
-from codellama_jax.tokenizer import CONTROL_PIECES, INFILLING_PIECES, SMILEY, SPACE, Tokenizer
+from codellama_jax.tokenizer.face import CONTROL_PIECES, INFILLING_PIECES, SMILEY, SPACE, Tokenizer
 
 UNKNOWN = " \u2047 ".encode()  # what <unk> decodes to, as in SentencePiece
 CONFIG = "tokenizer_config.json"
