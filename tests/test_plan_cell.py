@@ -1,6 +1,8 @@
 """A stage on a slice: what is refused, and that the same question is not asked twice."""
 
 import gzip
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -78,3 +80,8 @@ def test_stages_that_differ_in_numbers_alone_share_a_compile():
     stages = code_llama.stages("34b")
     assert program.canonical(stages["code"]) == program.canonical(stages["python"])
     assert program.canonical(stages["code"]) != program.canonical(stages["long_context"])
+
+
+def test_importing_plans_imports_no_jax():
+    code = "from codellama_jax.plan import generation, search, survey, whole_ledger; import sys; "
+    subprocess.run([sys.executable, "-c", code + "assert 'jax' not in sys.modules"], check=True)
