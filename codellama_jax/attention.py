@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from codellama_jax import config, sharding
 
 QUERY_BLOCK = 128  # of the plain XLA form
-SPLASH_BLOCK = 1_024  # queries, and keys, of a block: the fastest on every TPU (kernels.py)
+SPLASH_BLOCK = 1_024  # queries, and keys, of a block: the fastest on every TPU (plan/kernels.py)
 SPLASH_KEYS = 512  # of them at a time in the forward kernel
 SPLASH_LANES = 128  # rows are padded to whole blocks, shorter rows to a multiple of this
 

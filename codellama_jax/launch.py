@@ -98,7 +98,7 @@ def check_devices(where: str | None) -> None:
         return
     import jax
 
-    from codellama_jax import chips
+    from codellama_jax.plan import chips
 
     wanted, found = chips.Slice.parse(where).devices, jax.device_count()
     kind, processes = jax.devices()[0].device_kind, jax.process_count()

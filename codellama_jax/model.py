@@ -74,7 +74,7 @@ class Llama(nnx.Module):
     ):
         """Returns the normalised hidden states x_BTD.
 
-        positions_BT count from 0 in each document; decode.py has the same over a cache. With
+        positions_BT count from 0 in each document; generate.decode has the same over a cache. With
         compute.context > 1 rows come, and go, in the order of sharding.balance.
         """
         # looked up, then rounded: the gradient sums thousands of uses of a common token in float32

@@ -203,9 +203,10 @@ def use_cpu() -> None:
 
 def prepare(workdir: Path, code_dirs: list[str], tokenizer_file: str | None):
     """The tokenizer and the corpus of the run; made once, then found."""
-    from codellama_jax import tokenizer, tokenizer_train, whole
+    from codellama_jax import tokenizer, whole
     from codellama_jax.data import pipeline, sources
     from codellama_jax.data.inputs import Input
+    from codellama_jax.tokenizer import training
 
     library = (Input(sources.THIS_PYTHON),)
     given = tuple(Input(folder) for folder in code_dirs)
@@ -221,7 +222,7 @@ def prepare(workdir: Path, code_dirs: list[str], tokenizer_file: str | None):
         print("Reading and cleaning the corpus (about 15 s)", flush=True)
         if theirs is None and not path.exists():
             texts = pipeline.training_texts(folder, request, TOKENIZER_TEXTS)
-            tokenizer_train.train(texts, VOCAB_SIZE, path)
+            training.train(texts, VOCAB_SIZE, path)
     if theirs is not None:
         if path.exists():
             check(
@@ -287,7 +288,8 @@ QUESTION = "Write a function `close` that closes the file."
 
 def finish(plan: dict[str, Stage], workdir: Path, tokenizer, seconds: float) -> None:
     """Judges the weights, exports them, and writes the report; all before took `seconds`."""
-    from codellama_jax import checkpoint, generate, report, results
+    from codellama_jax import checkpoint, generate, report
+    from codellama_jax.report import results
 
     began = time.monotonic()
     params = {name: checkpoint.restore_params(workdir / name, plan[name].model) for name in plan}
@@ -335,8 +337,9 @@ def finish(plan: dict[str, Stage], workdir: Path, tokenizer, seconds: float) -> 
 
 def judge_long_context(plan, params, corpus_dir: Path, tokenizer):
     """Loss by position before and after long context, on the same held-out files (fig. 4a)."""
-    from codellama_jax import results, sharding
+    from codellama_jax import sharding
     from codellama_jax.evals import heldout
+    from codellama_jax.report import results
 
     curves = [
         heldout.by_position(
@@ -356,8 +359,9 @@ def judge_long_context(plan, params, corpus_dir: Path, tokenizer):
 
 def judge_infilling(llama, plan, params, corpus_dir: Path, tokenizer):
     """Held-out lines: how well they are expected in every form, and how many are written right."""
-    from codellama_jax import results, sharding
+    from codellama_jax import sharding
     from codellama_jax.evals import infilling
+    from codellama_jax.report import results
 
     stage = plan[FINISHED]
     problems = infilling.problems(
@@ -380,7 +384,8 @@ def export(stage: Stage, params, workdir: Path, tokenizer):
 
     import numpy as np
 
-    from codellama_jax import convert, generate, results
+    from codellama_jax import convert, generate
+    from codellama_jax.report import results
 
     folder = workdir / "export" / stage.name
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier run; made anew from the checkpoint

@@ -11,7 +11,7 @@ from codellama_jax import config
 from codellama_jax.data import corpus, pipeline
 from codellama_jax.data.inputs import Input
 from codellama_jax.tokenizer import Tokenizer
-from codellama_jax.tokenizer_train import train
+from codellama_jax.tokenizer.training import train
 
 VERBS = "read write open close parse print count merge split move find drop keep fold walk".split()
 NOUNS = "file line word tree node list table row page name value key path event frame".split()

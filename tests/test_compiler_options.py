@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from codellama_jax import chips, compiler_options, config, plan
+from codellama_jax import compiler_options, config
+from codellama_jax.plan import chips, program
 from recipes import code_llama
 
 SMALLEST = {chip.name: "2x2" if chip.dims == 2 else "2x2x1" for chip in chips.CHIPS.values()}
@@ -29,11 +30,11 @@ def test_the_compiler_of_a_chip_knows_its_options_and_training_finds_them(chip, 
     where = chips.Slice.parse(f"{chip}:{SMALLEST[chip]}")
     device = where.topology()[0]
     options = compiler_options.of_device(device.device_kind, config.SIZES[size].dim)
-    assert options == plan.told(code_llama.stages(size)["code"], where)
+    assert options == program.told(code_llama.stages(size)["code"], where)
     place = jax.sharding.SingleDeviceSharding(device)
     x_DD = jax.ShapeDtypeStruct((1_024, 1_024), jnp.bfloat16, sharding=place)
-    program = jax.jit(lambda x_DD: x_DD @ x_DD, compiler_options=options).lower(x_DD).compile()
-    assert program.memory_analysis().argument_size_in_bytes == 2 * 1_024**2
+    compiled = jax.jit(lambda x_DD: x_DD @ x_DD, compiler_options=options).lower(x_DD).compile()
+    assert compiled.memory_analysis().argument_size_in_bytes == 2 * 1_024**2
 
 
 def check_options(*args):

@@ -11,7 +11,7 @@ from convert_fixture import GQA, write
 from codellama_jax import convert, prompts
 from codellama_jax.convert import hf_tokenizer, vocabulary
 from codellama_jax.tokenizer import Tokenizer
-from codellama_jax.tokenizer_train import train
+from codellama_jax.tokenizer.training import train
 
 TEXTS = [
     "", " ", "  ", "Hello", " Hello", "  a", "\n", "\r\n", "\tx", "    return x", "x = 12345",

@@ -10,7 +10,7 @@ import codellama_jax
 from codellama_jax import convert, prompts
 from codellama_jax.convert import huggingface, pth, table, weights
 from codellama_jax.tokenizer import Tokenizer
-from codellama_jax.tokenizer_train import train
+from codellama_jax.tokenizer.training import train
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("default")  # theirs

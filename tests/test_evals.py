@@ -17,11 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codellama_jax import config, prompts, sharding, state, tokenizer, tokenizer_train
+from codellama_jax import config, prompts, sharding, state, tokenizer
 from codellama_jax.data import corpus, pipeline
 from codellama_jax.data import rows as data_rows
 from codellama_jax.data.inputs import Input
 from codellama_jax.evals import bootstrap, heldout, infilling, scoring
+from codellama_jax.tokenizer import training
 
 LAYOUT = config.Layout(compute_dtype="float32", remat="none")
 # Files of one chunk (4,096 characters) and of many.
@@ -45,7 +46,7 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evals")
     files = [inspect.getsource(module) for module in MODULES]
     functions = [FUNCTION.format(i=i) for i in range(60)]
-    tokenizer_train.train([*files, *functions], 512, folder / "tokenizer.model")
+    training.train([*files, *functions], 512, folder / "tokenizer.model")
     tok = tokenizer.Tokenizer(folder / "tokenizer.model")
 
     def written(name, texts):

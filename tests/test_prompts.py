@@ -9,8 +9,8 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from codellama_jax import prompts, spm_file, tokenizer_train
-from codellama_jax.tokenizer import SPACE, STEP_PIECE, Tokenizer
+from codellama_jax import prompts
+from codellama_jax.tokenizer import SPACE, STEP_PIECE, Tokenizer, spm_file, training
 
 check = hypothesis.settings(max_examples=100, deadline=None)
 snippets = [
@@ -36,7 +36,7 @@ plain_texts = texts.filter(lambda text: not any(tag in text for tag in prompts.T
 @pytest.fixture(scope="session")
 def nano(tmp_path_factory) -> Tokenizer:
     path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
-    tokenizer_train.train([Path(textwrap.__file__).read_text(encoding="utf-8")], 512, path)
+    training.train([Path(textwrap.__file__).read_text(encoding="utf-8")], 512, path)
     return Tokenizer(path)
 
 

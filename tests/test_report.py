@@ -6,10 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from codellama_jax import config, plots, report, results, tables
+from codellama_jax import config
 from codellama_jax.evals.bootstrap import Interval
 from codellama_jax.evals.heldout import ByPosition
 from codellama_jax.evals.infilling import GAINS, ExactMatch, Middles, Problem
+from codellama_jax.report import page, plots, results, tables
 
 MODEL = config.Model(
     dim=32,
@@ -87,7 +88,7 @@ def run(tmp_path) -> results.Results:
 
 
 def test_report_links_the_pictures_that_lie_beside_it(run, tmp_path):
-    path = report.write(run, tmp_path / "out")
+    path = page.write(run, tmp_path / "out")
     text = path.read_text()
     for name in ("losses.png", "by_position.png", "infilling.png"):
         assert f"]({name})" in text
@@ -103,7 +104,7 @@ def test_a_run_of_training_alone_is_reported_and_says_what_was_not_run(run, tmp_
         run, long_context=None, infilling=None, completion=None, chat=None, exports=[], seconds=None
     )
     bare = replace(bare, skipped={"long_context": "no held-out document is long enough"})
-    path = report.write(bare, tmp_path / "out")
+    path = page.write(bare, tmp_path / "out")
     assert path.read_text().count("Not run.") == 3
     assert "Not run: no held-out document is long enough." in path.read_text()
     assert not (path.parent / "infilling.png").exists()
@@ -118,7 +119,7 @@ def test_a_picture_that_fails_leaves_no_report_and_no_half_file(run, tmp_path, m
 
     monkeypatch.setattr(Figure, "savefig", savefig)
     with pytest.raises(OSError, match="No space"):
-        report.write(run, tmp_path / "out")
+        page.write(run, tmp_path / "out")
     names = [p.name for p in (tmp_path / "out").iterdir()]
     assert not [name for name in names if name.endswith((".md", ".png"))]
 
@@ -127,7 +128,7 @@ def test_a_picture_that_fails_leaves_no_report_and_no_half_file(run, tmp_path, m
 
 
 def test_held_out_losses_stand_before_and_after_each_stage(run):
-    header, rows = tables.stages(run.stages, report.read_history(run))
+    header, rows = tables.stages(run.stages, page.read_history(run))
     assert header[-4:] == ["corpus", "before", "after", "change"]
     assert [row[0] for row in rows] == ["code", "", "long_context", ""]
     assert rows[0][-4:] == ["code", "6.000", "4.250", "-1.750"]
@@ -189,7 +190,7 @@ def test_the_choice_of_infills_is_told():
 
 
 def test_an_infill_is_shown_between_prefix_and_suffix_beside_the_true_line():
-    assert report.infill_text(PROBLEMS[1], "    return b\n").split("\n") == [
+    assert page.infill_text(PROBLEMS[1], "    return b\n").split("\n") == [
         "prefix      | def sub(a, b):",
         "[generated] |     return b",
         "true line   |     return a - b",
@@ -199,28 +200,28 @@ def test_an_infill_is_shown_between_prefix_and_suffix_beside_the_true_line():
 
 
 def test_blank_output_is_called_so():
-    assert "[generated] | (nothing)" in report.infill_text(PROBLEMS[1], "")
-    blank = report.infill_text(PROBLEMS[1], "\n" * 50)
+    assert "[generated] | (nothing)" in page.infill_text(PROBLEMS[1], "")
+    blank = page.infill_text(PROBLEMS[1], "\n" * 50)
     assert "[generated] | (nothing but blank lines)\ntrue line" in blank
 
 
 def test_what_a_model_writes_cannot_break_the_report(run):
     wild = infilling(written=["```\n# title\n", "\x1b[31m\x00\r", "\n" * 99, ""])
-    text = report.markdown(replace(run, infilling=wild), report.read_history(run))
+    text = page.markdown(replace(run, infilling=wild), page.read_history(run))
     assert "\x1b" not in text and "\x00" not in text and "\t" not in text
     assert "````text" in text  # a longer fence around what holds a fence
     assert max(len(block) for block in text.split("\n\n") if "generated" in block) < 2_500
 
 
 def test_exports_are_compared_in_words(run):
-    text = report.markdown(run, report.read_history(run))
+    text = page.markdown(run, page.read_history(run))
     assert "`out/hf`: weights of `code` for Hugging Face" in text
     assert "its logits are the trained model's to the last bit" in text
     assert "differ from the trained model's by 2.0e-06 at most" in text
 
 
 def test_the_terminal_shows_the_same_numbers(run, capsys):
-    report.show(run, path="out/report.md")
+    page.show(run, path="out/report.md")
     text = capsys.readouterr().out
     for part in ("4.250", "[generated]", "saves 0.0500", "rises by 0.400", "out/report.md"):
         assert part in text.replace("\n", " ") or part in text

@@ -16,7 +16,7 @@ import pytest
 import codellama_jax as cl
 from codellama_jax import checkpoint, config, convert, metrics, sharding, train
 from codellama_jax.data import inputs, pipeline
-from codellama_jax.request import Sampling
+from codellama_jax.generate import Sampling
 from codellama_jax.tokenizer import Tokenizer, beside
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]

@@ -12,8 +12,7 @@ import pytest
 import sentencepiece
 from hypothesis import strategies as st
 
-from codellama_jax import spm_file, tokenizer_train
-from codellama_jax.tokenizer import INFILLING_PIECES, SPACE, Tokenizer
+from codellama_jax.tokenizer import INFILLING_PIECES, SPACE, Tokenizer, spm_file, training
 
 VOCAB_SIZE = 1_024
 STANDARD_LIBRARY = Path(textwrap.__file__).parent
@@ -36,7 +35,7 @@ check = hypothesis.settings(max_examples=150, deadline=None)
 @pytest.fixture(scope="session")
 def nano(tmp_path_factory) -> Tokenizer:
     path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
-    tokenizer_train.train(TEXTS, VOCAB_SIZE, path)
+    training.train(TEXTS, VOCAB_SIZE, path)
     return Tokenizer(path)
 
 
@@ -257,25 +256,25 @@ def test_digits_stand_alone(nano):
 
 
 def test_equal_texts_give_an_equal_vocabulary(nano, tmp_path):
-    tokenizer_train.train(iter(TEXTS), VOCAB_SIZE, tmp_path / "again.model")
+    training.train(iter(TEXTS), VOCAB_SIZE, tmp_path / "again.model")
     assert (tmp_path / "again.model").read_bytes() == Path(nano.path).read_bytes()
     assert Tokenizer(tmp_path / "again.model").fingerprint == nano.fingerprint
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.model"]
 
 
 def test_other_texts_give_another_fingerprint(nano, tmp_path):
-    tokenizer_train.train(TEXTS[1:], VOCAB_SIZE, tmp_path / "other.model")
+    training.train(TEXTS[1:], VOCAB_SIZE, tmp_path / "other.model")
     assert Tokenizer(tmp_path / "other.model").fingerprint != nano.fingerprint
 
 
 def test_training_is_silent(tmp_path, capfd):
-    tokenizer_train.train(TEXTS[:1], 512, tmp_path / "tokenizer.model")
+    training.train(TEXTS[:1], 512, tmp_path / "tokenizer.model")
     assert capfd.readouterr() == ("", "")
 
 
 def test_texts_that_spell_marks_can_be_trained_on(tmp_path):
     text = TEXTS[0] + " <PRE> <EOT> <s> </s> <unk> <0x0A> ☺☺ x☺\n" * 1_000
-    tokenizer_train.train([text], 512, tmp_path / "tokenizer.model")
+    training.train([text], 512, tmp_path / "tokenizer.model")
     tokenizer = Tokenizer(tmp_path / "tokenizer.model")
     assert not control_ids(tokenizer) & set(tokenizer.encode(text))
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -283,7 +282,7 @@ def test_texts_that_spell_marks_can_be_trained_on(tmp_path):
 
 @pytest.mark.parametrize("line", [f"{SPACE}x {SPACE}", f"{SPACE}{SPACE} {SPACE}", SPACE * 20])
 def test_texts_that_hold_the_mark_of_a_space_can_be_trained_on(tmp_path, line):
-    tokenizer_train.train([TEXTS[0], line * 50], 512, tmp_path / "tokenizer.model")
+    training.train([TEXTS[0], line * 50], 512, tmp_path / "tokenizer.model")
     tokenizer = Tokenizer(tmp_path / "tokenizer.model")
     assert tokenizer.decode(tokenizer.encode(line)) == line.replace(SPACE, " ")
 
@@ -291,7 +290,7 @@ def test_texts_that_hold_the_mark_of_a_space_can_be_trained_on(tmp_path, line):
 def test_too_little_text_is_refused_and_writes_nothing(tmp_path):
     for some in ([], ["hello world"]):
         with pytest.raises(ValueError, match="vocab_size=1024 does not fit"):
-            tokenizer_train.train(some, VOCAB_SIZE, tmp_path / "tokenizer.model")
+            training.train(some, VOCAB_SIZE, tmp_path / "tokenizer.model")
     assert not list(tmp_path.iterdir())
 
 

@@ -17,8 +17,8 @@ from convert_fixture import GQA, MHA
 import codellama_jax
 from codellama_jax import config, convert, optim, sharding, state, step
 from codellama_jax.convert import run, weights
+from codellama_jax.generate import Sampling
 from codellama_jax.model import Compute
-from codellama_jax.request import Sampling
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("default")  # theirs

@@ -1,6 +1,6 @@
 """Cycles of the splash attention kernels, counted in the compiler's own schedules; needs no TPU.
 
-    python tools/bench_kernels.py                               codellama_jax/kernels.py's tables
+    python tools/bench_kernels.py                               the tables of plan/kernels.py
     python tools/bench_kernels.py v5e:512 v6e:1024:balanced     these only
 
 libtpu writes the final instruction bundles of every kernel it compiles, one line each. Branches
@@ -19,7 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a clone that is not installed
 
-from codellama_jax import attention, chips, kernels
+from codellama_jax import attention
+from codellama_jax.plan import chips, kernels
 
 SIZES = (512, 1_024)
 SMALLEST = {2: "2x2", 3: "2x2x1"}  # slices, by the dimensions of the torus

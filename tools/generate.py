@@ -138,9 +138,9 @@ def standard_input() -> str:
 
 
 def load(args: argparse.Namespace):
-    from codellama_jax import generate, request  # here: JAX takes a second, --help does not
+    from codellama_jax import generate  # here: JAX takes a second, --help does not
 
-    request.Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)  # or it raises
+    generate.Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)  # or it raises
     return generate.load(
         args.checkpoint, args.tokenizer, dtype=args.dtype, max_seq_len=args.max_seq_len
     )

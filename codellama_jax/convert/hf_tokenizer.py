@@ -15,11 +15,16 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from codellama_jax import spm_file
 from codellama_jax.convert import vocabulary
 from codellama_jax.convert.vocabulary import Piece
-from codellama_jax.spm_file import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
-from codellama_jax.tokenizer import INFILLING_PIECES, NEVER_FROM_TEXT, SPACE, STEP_PIECE
+from codellama_jax.tokenizer import (
+    INFILLING_PIECES,
+    NEVER_FROM_TEXT,
+    SPACE,
+    STEP_PIECE,
+    spm_file,
+)
+from codellama_jax.tokenizer.spm_file import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
 
 def write(model: Path, folder: Path) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from codellama_jax import config, tokenizer, tokenizer_json
+from codellama_jax import config, tokenizer
 from codellama_jax.convert import blocks, guard, official, proof, settings, table
 from codellama_jax.convert.weights import Weights, copy_tokenizer, dtype, stream, tokenizer_files
+from codellama_jax.tokenizer import json_file
 
 CHUNK_BYTES = 32 << 20  # of a chunk, at most, where the width divides so far
 ZARR_DTYPES = {"bfloat16": "bfloat16", "float16": "<f2", "float32": "<f4"}
@@ -271,7 +272,7 @@ def _recipe(weights: Weights) -> dict:
         if path.suffix == ".model":
             fingerprint = tokenizer.Tokenizer(path).fingerprint
         elif path.name == "tokenizer.json":
-            fingerprint = tokenizer_json.fingerprint(str(path))
+            fingerprint = json_file.fingerprint(str(path))
     versions = {}
     for package in ("codellama_jax", "numpy"):
         try:

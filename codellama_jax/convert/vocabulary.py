@@ -10,9 +10,15 @@ import struct
 from pathlib import Path
 from typing import NamedTuple
 
-from codellama_jax import spm_file, tokenizer_json
-from codellama_jax.spm_file import NORMAL, UNUSED, USER_DEFINED
-from codellama_jax.tokenizer import BUILDING_PIECES, INFILLING_PIECES, SPACE, STEP_PIECE
+from codellama_jax.tokenizer import (
+    BUILDING_PIECES,
+    INFILLING_PIECES,
+    SPACE,
+    STEP_PIECE,
+    json_file,
+    spm_file,
+)
+from codellama_jax.tokenizer.spm_file import NORMAL, UNUSED, USER_DEFINED
 
 CODE_LLAMA_PIECES = (  # ids 32000..32015 of Code Llama 7B and 13B
     *BUILDING_PIECES,
@@ -43,7 +49,7 @@ def size(paths: tuple[Path, ...]) -> int | None:
         if path.suffix == ".model":
             return len(pieces(path))
         if path.name == "tokenizer.json":
-            return 1 + max(tokenizer_json.ids(str(path)).values())
+            return 1 + max(json_file.ids(str(path)).values())
     return None
 
 
@@ -58,8 +64,8 @@ def ends(paths: tuple[Path, ...]) -> tuple[int, list[int]]:
             names = {piece.text: i for i, piece in enumerate(pieces(path))}
             bos, eos = processor.bos_id(), processor.eos_id()
         elif path.name == "tokenizer.json":
-            names = tokenizer_json.ids(str(path))
-            bos, eos = tokenizer_json.ends(str(path))
+            names = json_file.ids(str(path))
+            bos, eos = json_file.ends(str(path))
         else:
             continue
         marks = [names[name] for name in (INFILLING_PIECES[3], STEP_PIECE) if name in names]
@@ -81,7 +87,7 @@ def grow(files: tuple[Path, ...], folder: Path) -> tuple[Path, ...]:
     if "tokenizer.json" not in names:
         raise ValueError("there is no tokenizer to add infilling marks to; give --tokenizer")
     source = names.pop("tokenizer.json")
-    content = tokenizer_json.with_infilling(str(source))
+    content = json_file.with_infilling(str(source))
     (folder / source.name).write_text(json.dumps(content, ensure_ascii=False))
     names.pop("generation_config.json", None)  # it does not know the new end
     for name, path in names.items():

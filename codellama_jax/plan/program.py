@@ -1,0 +1,184 @@
+"""The real step of a stage, lowered and compiled for TPUs that are not there.
+
+A program is named by a hash of its own text and of what compiles it, and what the compiler said is
+kept under that name (store.py), so that the same question is answered at once.
+"""
+
+import gzip
+import math
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from codellama_jax import compiler_options, config
+from codellama_jax.config import check
+from codellama_jax.plan import arithmetic, chips, estimate, store
+
+# Least effort, for bytes only: the schedule means nothing then. As jax 0.10 says it, and 0.12.
+QUICK = ({"exec_time_optimization_effort": -1.0}, {"optimization_level": "O0"})
+SOURCES = (  # what a program is made of; the estimate is made anew each time
+    *("attention", "config", "model", "optim", "sharding", "state", "step"),
+    *("plan/chips", "plan/program"),
+)
+
+Report = dict[str, Any]
+
+
+def told(stage: config.Stage, where: chips.Slice, quick: bool = False) -> dict:
+    """What the compiler is told: what training tells it, or for bytes only to make no effort."""
+    chip = where.chip.name
+    return least_effort(chip) if quick else compiler_options.of_chip(chip, stage.model.dim)
+
+
+def least_effort(chip: str) -> dict:
+    """The one of QUICK that this jax knows; none for tpu7x: libtpu 0.0.42.1 aborts there over the
+    collectives of sparse cores."""
+    if chip == "tpu7x":
+        return {}
+    import jax
+
+    return QUICK[0 if hasattr(jax.config, "jax_exec_time_optimization_effort") else 1]
+
+
+# -- compiling -----------------------------------------------------------------------------------
+def canonical(stage: config.Stage) -> config.Stage:
+    """The stage without the numbers that change no byte: stages equal but for these are one."""
+    data = replace(
+        stage.data, mix={"any": 1.0}, already={}, infilling_rate=0.0, spm_rate=0.5, line_rate=0.0
+    )
+    data = replace(data, corpus="corpus", tokenizer="tokenizer.model", rows=None, seed=0, workers=0)
+    optim = config.Optim(
+        peak_lr=1e-4, warmup_steps=1, final_lr_ratio=0.1, beta1=0.9, beta2=0.95, eps=1e-5,
+        weight_decay=0.1, clip_norm=1.0,
+    )  # fmt: skip
+    return config.Stage(
+        name="plan", start_from=None, model=stage.model, data=data, optim=optim, steps=1_000,
+        layout=stage.layout,
+    )  # fmt: skip
+
+
+def compiled(stage: config.Stage, where: chips.Slice, options: dict, cache: Path) -> Report:
+    """What the compiler says of a stage, from the cache if it was asked before."""
+    name, lowered = name_of(stage, where, options, cache)
+    facts = store.load(cache / f"{name}.json")
+    if facts is None:
+        made, mesh = lowered or lower(stage, where)
+        facts, text = compile_now(made, mesh, options)
+        store.save(cache / f"{name}.hlo.gz", gzip.compress(text.encode()))
+        store.save(cache / f"{name}.json", facts)
+    if "too_big" in facts:
+        return facts
+    text = gzip.decompress((cache / f"{name}.hlo.gz").read_bytes()).decode()
+    rounds = 1 if options in QUICK else None  # times mean nothing there, so neither do trips
+    return facts | {"program": name, "regions": estimate.regions(text, facts, where, rounds)}
+
+
+def name_of(stage: config.Stage, where: chips.Slice, options: dict, cache: Path):
+    """The name of a stage's program, a hash of it and of what compiles it, and the program itself
+    if it had to be lowered to know.
+
+    Another hash, of the recipe and the source files, leads to the name without any work; the
+    program's survives changes of the sources that do not change it.
+    """
+    asked = store.digest(
+        [config.to_json(stage), str(where), options, store.versions(), store.own_code(SOURCES)]
+    )
+    name = store.load(cache / f"{asked}.alias.json")
+    if name is not None:
+        return name, None
+    lowered, mesh = lower(stage, where)
+    name = store.digest([lowered.as_text(), str(where), options, store.versions(), *where.wrap])
+    store.save(cache / f"{asked}.alias.json", name)
+    return name, (lowered, mesh)
+
+
+def lower(stage: config.Stage, where: chips.Slice):
+    """The real step for devices that are not there: abstract state and batch, state donated."""
+    devices = where.topology()
+    import jax
+
+    from codellama_jax import optim, sharding, state, step
+
+    check_mesh(stage, where)
+    mesh = sharding.make_mesh(stage.layout, devices)
+    check_rows(stage, where, mesh.shape["data"] * mesh.shape["fsdp"])
+    train_state = state.abstract_state(stage.model, optim.adamw(stage.optim, stage.steps), mesh)
+    train_step = jax.jit(step.make_train_step(stage, "tpu"), donate_argnums=0)
+    with jax.set_mesh(mesh):
+        return train_step.lower(train_state, abstract_batch(stage, mesh)), mesh
+
+
+def abstract_batch(stage: config.Stage, mesh) -> dict:
+    """The batch of a stage as shapes that know where they lie."""
+    import jax
+    import numpy as np
+
+    from codellama_jax import sharding
+
+    rows, place = stage.data.rows_per_batch, sharding.batch_sharding(mesh)
+    shapes = {name: (rows, stage.data.seq_len + 1) for name in ("tokens", "segments", "positions")}
+    made = {name: jax.ShapeDtypeStruct(s, np.int32, sharding=place) for name, s in shapes.items()}
+    made["loss_mask"] = jax.ShapeDtypeStruct(shapes["tokens"], np.bool_, sharding=place)
+    return made | {"corpus": jax.ShapeDtypeStruct((rows,), np.int32, sharding=place)}
+
+
+def check_mesh(stage: config.Stage, where: chips.Slice) -> None:
+    """Raises ValueError when the axes of the mesh do not fill the slice, with a layout whose do."""
+    data, fsdp = arithmetic.ways(stage, where)
+    asked = data * fsdp * stage.layout.tensor * stage.layout.context
+    if asked != where.devices:
+        nearest = " ".join(arithmetic.nearest(stage, where) or ["another slice"])
+        raise ValueError(
+            f"the mesh has data * fsdp * tensor * context = {asked} devices, "
+            f"{where} has {where.devices}: try {nearest}"
+        )
+
+
+def check_rows(stage: config.Stage, where: chips.Slice, ways: int) -> None:
+    """Raises ValueError when the rows of a microbatch do not divide, with a layout whose do."""
+    rows = stage.data.rows_per_batch
+    if rows % ways == 0:
+        hint = f"layout.microbatches={rows // ways}"
+    else:
+        split = where.devices // math.gcd(rows, where.devices)
+        hint = f"layout.microbatches=1 and layout.context={split}"
+    check(
+        rows % (stage.layout.microbatches * ways) == 0,
+        f"{rows // stage.layout.microbatches} rows per microbatch do not divide among "
+        f"data * fsdp = {ways} devices of {where}; with {hint} they would",
+    )
+
+
+def compile_now(lowered, mesh, options: dict) -> tuple[Report, str]:
+    """What the compiler says of the bytes, and the schedule it made (HLO text)."""
+    import jax
+
+    began, cpu = time.monotonic(), time.process_time()
+    made: Report = {"mesh": {name: n for name, n in mesh.shape.items() if n > 1}}
+    try:
+        program = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
+        if found is None:
+            raise
+        return made | {"too_big": {"needs": float(found[1]), "has": float(found[2])}}, ""
+    sizes = program.memory_analysis()
+    made |= {
+        "compiled": {
+            "seconds": round(time.monotonic() - began, 1),
+            "cpu_seconds": round(time.process_time() - cpu, 1),
+            "options": options,
+            **store.versions(),
+        },
+        "memory": {
+            "arguments": sizes.argument_size_in_bytes,
+            "temporaries": sizes.temp_size_in_bytes,
+            "host": sizes.host_temp_size_in_bytes,
+            "peak": sizes.peak_memory_in_bytes,
+        },
+        "places": [[int(x) for x in device.coords] for device in mesh.devices.flat],
+        "slices": [int(getattr(device, "slice_index", 0)) for device in mesh.devices.flat],
+    }
+    return made, program.as_text()
