@@ -97,7 +97,7 @@ def _compiled(name, model, layout, where, batch, context, options, cache):
     key, made = store.load(cache / f"{asked}.alias.json"), None
     if key is None:
         made = lower(name, model, layout, where, batch, context)
-        key = store.digest([made[0].as_text(), str(where), options, store.versions()])
+        key = store.digest([made[0].as_text(), str(where), options, store.versions(), *where.wrap])
         store.save(cache / f"{asked}.alias.json", key)
     facts = store.load(cache / f"{key}.json")
     if facts is None:
