@@ -45,16 +45,18 @@ def attend(
     segments_BT: jax.Array | None = None,
     kernel: str = "xla",
     context: int = 1,
+    block: int = 0,
 ) -> jax.Array:
     """Causal self-attention over whole rows (T = S). Returns [B, T, N, H] in the dtype of q.
 
     To a rematerialisation policy it takes "query", "key", "value" and returns "attention_out".
 
-    With context > 1 the rows, segments too, lie in the order of sharding.balance.
+    With context > 1 the rows, segments too, lie in the order of sharding.balance. `block`: of the
+    splash kernel, if not the usual one.
     """
     k_BSKH, v_BSKH = checkpoint_name(k_BSKH, "key"), checkpoint_name(v_BSKH, "value")
     if kernel == "splash":  # names queries and output inside, as its gradient wants them
-        return _splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, context)
+        return _splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, context, block)
     q_BTNH = checkpoint_name(q_BTNH, "query")
     if kernel == "cudnn":
         o_BTNH = _cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT)
@@ -152,7 +154,7 @@ def masked(
     return o_BKMH.reshape(B, N, T, H).swapaxes(1, 2)
 
 
-def _splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, context):
+def _splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, context, block):
     """The TPU kernel, run by each device on its own rows, heads and queries."""
     if segments_BT is None:
         segments_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
@@ -160,13 +162,15 @@ def _splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, context):
     split = 1 if mesh.empty or context == 1 else mesh.shape["context"]
     group = q_BTNH.shape[2] // k_BSKH.shape[2]
     length, interpret = q_BTNH.shape[1], sharding.platform() == "cpu"
-    attend = splash_kernel(length, splash_block(length, context), group, context, split, interpret)
+    block = splash_block(length, context, block)
+    attend = splash_kernel(length, block, group, context, split, interpret)
+    behind = _padded(length, block) - length if context == 1 else None
     if mesh.empty:
-        return _splash_local(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT, context=context)
+        return _splash_local(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT, behind=behind)
     queries = "queries" if split > 1 else None
     parts = sharding.spec("batch", queries, "heads", None)
     local = jax.shard_map(
-        functools.partial(_splash_local, context=context, gather=split > 1),
+        functools.partial(_splash_local, behind=behind, gather=split > 1),
         mesh=mesh,
         in_specs=(
             attend.manual_sharding_spec(NamedSharding(mesh, sharding.spec(None, queries))),
@@ -229,11 +233,20 @@ def _balanced_mask(T: int, block: int, context: int):
     return mask
 
 
-def splash_block(length: int, context: int) -> int:
-    """Queries, and keys, of one block. Raises ValueError when a slice is not of whole blocks."""
+def splash_block(length: int, context: int, asked: int = 0) -> int:
+    """Queries, and keys, of one block: as many as asked, or the usual ones where 0 are.
+
+    Raises ValueError when a slice of the row is not of whole blocks.
+    """
+    most = _padded(length, SPLASH_LANES) if context == 1 else length // (2 * context)
+    config.check(
+        asked <= most and (context == 1 or asked == 0 or most % asked == 0),
+        f"attention_block={asked} is no part of {most}, what a device takes at once of rows of "
+        f"{length}; use {math.gcd(most, SPLASH_BLOCK)}",
+    )
     if context == 1:
-        return min(SPLASH_BLOCK, _padded(length, SPLASH_LANES))
-    block = math.gcd(SPLASH_BLOCK, length // (2 * context))
+        return min(asked or SPLASH_BLOCK, most)
+    block = asked or math.gcd(SPLASH_BLOCK, most)
     config.check(
         block % SPLASH_LANES == 0,
         f"rows of {length} in 2 * context = {2 * context} slices: the kernel wants slices of a "
@@ -246,7 +259,7 @@ def _padded(length: int, to: int) -> int:
     return -(-length // to) * to
 
 
-def _splash_local(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT, *, context, gather=False):
+def _splash_local(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT, *, behind, gather=False):
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as splash,
     )
@@ -258,10 +271,9 @@ def _splash_local(attend, q_BTNH, k_BSKH, v_BSKH, segments_BT, *, context, gathe
             jax.lax.all_gather(x, "context", axis=1, tiled=True)
             for x in (k_BSKH, v_BSKH, segments_BS)
         )
-    if context == 1:  # behind the row: no query of it looks there
-        more = _padded(length, splash_block(length, 1)) - length
+    if behind is not None:  # whole blocks; no query of the row looks behind it
         q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS = (
-            jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2))
+            jnp.pad(x, [(0, 0), (0, behind)] + [(0, 0)] * (x.ndim - 2))
             for x in (q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS)
         )
     q_BTNH = checkpoint_name((q_BTNH / np.sqrt(H)).astype(q_BTNH.dtype), "query")

@@ -170,6 +170,7 @@ class Layout:
     compute_dtype: str = "bfloat16"
     remat: str = "full"  # what the backward pass recomputes: see model.REMAT
     attention: str = "auto"  # kernel; auto: splash on TPU, cuDNN on NVIDIA, xla elsewhere
+    attention_block: int = 0  # queries, and keys, in a block of splash; 0: attention.SPLASH_BLOCK
     loss_chunk: int = 1_024  # positions per row whose logits exist at once
     scan_layers: bool = True  # one compiled layer, looped; False unrolls (faster on one GPU)
 
@@ -184,6 +185,11 @@ class Layout:
         for name in ("data", "tensor", "context", "microbatches", "loss_chunk"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         check(self.fsdp >= 1 or self.fsdp == -1, f"fsdp={self.fsdp} must be at least 1, or -1")
+        block = self.attention_block
+        check(
+            block == 0 or block >= 128 and block.bit_count() == 1,
+            f"attention_block={block} must be a power of two from 128 on, or 0 for the usual one",
+        )
 
 
 @dataclass(frozen=True)

@@ -40,12 +40,18 @@ class Compute(NamedTuple):
     kernel: str = "xla"
     scan: bool = True
     context: int = 1  # rows come in the order of sharding.balance
+    block: int = 0  # queries, and keys, in a block of the splash kernel; 0: the usual one
 
     @classmethod
     def of(cls, layout: config.Layout, platform: str) -> "Compute":
         kernel = attention.kernel(layout.attention, platform, layout.compute_dtype, layout.context)
-        dtype = jnp.dtype(layout.compute_dtype)
-        return cls(dtype, layout.remat, kernel, layout.scan_layers, layout.context)
+        block, dtype = layout.attention_block, jnp.dtype(layout.compute_dtype)
+        config.check(
+            block == 0 or kernel == "splash",
+            f"attention_block={block} is for the splash kernel of TPUs; on {platform} "
+            f"{kernel!r} runs: leave it at 0",
+        )
+        return cls(dtype, layout.remat, kernel, layout.scan_layers, layout.context, block)
 
 
 class Llama(nnx.Module):
@@ -86,10 +92,12 @@ class Llama(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Hidden states to float32 logits [..., V]."""
-        w_DV = self.tok_embeddings[...].T if self.model.tied_embeddings else self.output[...]
-        return jnp.einsum(
-            "...D,DV->...V", x_BTD, w_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32
-        )
+        w_DV = self.output_weight().astype(x_BTD.dtype)
+        return jnp.einsum("...D,DV->...V", x_BTD, w_DV, preferred_element_type=jnp.float32)
+
+    def output_weight(self) -> jax.Array:
+        """What turns hidden states into logits, [D, V]; the embedding where they are tied."""
+        return self.tok_embeddings[...].T if self.model.tied_embeddings else self.output[...]
 
     def _rows(self, x_BTD, rope, segments_BT, compute):
         def layer(x_BTD, block):
@@ -101,6 +109,7 @@ class Llama(nnx.Module):
                     segments_BT=segments_BT,
                     kernel=compute.kernel,
                     context=compute.context,
+                    block=compute.block,
                 )
 
             return block(x_BTD, rope, attend), None

@@ -116,11 +116,11 @@ def chunked_cross_entropy(
     """
     B, T, D = x_BTD.shape
     part, chunk = T // context, max(1, chunk // context)
+    w_DV = llama.output_weight()
 
     def losses(x_BCD, targets_BC):
         x_BCD = sharding.constrain(x_BCD, "batch", "queries", None)
-        logits_BCV = sharding.constrain(llama.logits(x_BCD), "batch", "queries", "vocab")
-        return optax.softmax_cross_entropy_with_integer_labels(logits_BCV, targets_BC)
+        return cross_entropy(x_BCD, w_DV.astype(x_BCD.dtype), targets_BC)
 
     if chunk >= part:
         return losses(x_BTD, targets_BT)
@@ -144,3 +144,33 @@ def chunked_cross_entropy(
         x, targets = x[:, :, whole:].reshape(B, -1, D), targets[:, :, whole:].reshape(B, -1)
         nll = jnp.concatenate([nll, losses(x, targets).reshape(B, context, -1)], axis=2)
     return nll.reshape(B, T)
+
+
+@jax.custom_vjp
+def cross_entropy(x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """-log softmax(x w)[target], float32 [B, T]; logits are float32.
+
+    What is kept for the backward pass is not them but their gradient, softmax - one-hot, rounded to
+    the dtype of x as its products take it: half the bytes. The gradient of w has the dtype of w.
+    """
+    return _cross_entropy(x_BTD, w_DV, targets_BT)[0]
+
+
+def _cross_entropy(x_BTD, w_DV, targets_BT):
+    logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, w_DV, preferred_element_type=jnp.float32)
+    logits_BTV = sharding.constrain(logits_BTV, "batch", "queries", "vocab")
+    is_target_BTV = targets_BT[..., None] == jnp.arange(w_DV.shape[1])[None, None]
+    total_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    nll_BT = total_BT - jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
+    grad_BTV = jnp.exp(logits_BTV - total_BT[..., None]) - is_target_BTV
+    return nll_BT, (x_BTD, w_DV, grad_BTV.astype(x_BTD.dtype))
+
+
+def _cross_entropy_back(kept, grad_BT):
+    x_BTD, w_DV, grad_BTV = kept
+    grad_BTV = (grad_BTV * grad_BT[..., None]).astype(x_BTD.dtype)
+    x_grad_BTD = jnp.einsum("BTV,DV->BTD", grad_BTV, w_DV)
+    return x_grad_BTD, jnp.einsum("BTD,BTV->DV", x_BTD, grad_BTV), None
+
+
+cross_entropy.defvjp(_cross_entropy, _cross_entropy_back)

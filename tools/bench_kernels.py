@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a clone that is not installed
 
-from codellama_jax import attention
+from codellama_jax import attention, compiler_options
 from codellama_jax.plan import chips, kernels
 
 SIZES = (512, 1_024)
@@ -127,7 +127,8 @@ def compile_one(chip: str, size: int, context: int) -> None:
     k_KTH = jax.ShapeDtypeStruct((HEADS, LENGTH, WIDTH), jnp.bfloat16, sharding=place)
     q_KGTH = jax.ShapeDtypeStruct((HEADS, 1, LENGTH, WIDTH), jnp.bfloat16, sharding=place)
     segments_T = jax.ShapeDtypeStruct((LENGTH,), jnp.int32, sharding=place)
-    jax.jit(jax.grad(total, (0, 1, 2))).lower(q_KGTH, k_KTH, k_KTH, segments_T).compile()
+    lowered = jax.jit(jax.grad(total, (0, 1, 2))).lower(q_KGTH, k_KTH, k_KTH, segments_T)
+    lowered.compile(compiler_options=compiler_options.of_chip(chip, dim=4_096))
 
 
 if __name__ == "__main__":
