@@ -15,7 +15,7 @@ K = 1_000
 M = 1_000_000
 B = 1_000_000_000
 
-REMAT_POLICIES = ("none", "full", "dots", "attention")
+REMAT_POLICIES = ("none", "full", "attention", "products", "dots")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("auto", "xla", "splash", "cudnn")
 
@@ -171,7 +171,7 @@ class Layout:
     remat: str = "full"  # what the backward pass recomputes: see model.REMAT
     attention: str = "auto"  # kernel; auto: splash on TPU, cuDNN on NVIDIA, xla elsewhere
     attention_block: int = 0  # queries, and keys, in a block of splash; 0: attention.SPLASH_BLOCK
-    loss_chunk: int = 1_024  # positions per row whose logits exist at once
+    loss_chunk: int = 1_024  # positions per row whose float32 logits exist at once
     scan_layers: bool = True  # one compiled layer, looped; False unrolls (faster on one GPU)
 
     def __post_init__(self):

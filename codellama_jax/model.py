@@ -25,10 +25,11 @@ POLICIES = jax.checkpoint_policies
 REMAT = {  # what a layer keeps for its backward pass; the rest is computed again
     "none": POLICIES.everything_saveable,
     "full": POLICIES.nothing_saveable,
+    "attention": POLICIES.save_only_these_names("query", "key", "value", "attention_out"),
+    "products": POLICIES.dots_with_no_batch_dims_saveable,
     "dots": POLICIES.save_from_both_policies(  # the kernel is no product: kept by its name
         POLICIES.dots_with_no_batch_dims_saveable, POLICIES.save_only_these_names("attention_out")
     ),
-    "attention": POLICIES.save_only_these_names("query", "key", "value", "attention_out"),
 }
 
 
@@ -88,7 +89,10 @@ class Llama(nnx.Module):
         x_BTD = sharding.constrain(x_BTD, "batch", "length", None)
         rope = rope_table(positions_BT, self.model)
         x_BTD = self._rows(x_BTD, rope, segments_BT, compute)
-        return rms_norm(x_BTD, self.norm, self.model.norm_eps)
+        # the gradient of the norm is summed before those of the layers, or else what it is summed
+        # from is kept until they are done
+        x_BTD, norm_D = jax.lax.optimization_barrier((x_BTD, self.norm[...]))
+        return rms_norm(x_BTD, norm_D, self.model.norm_eps)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Hidden states to float32 logits [..., V]."""
@@ -203,7 +207,7 @@ def product(x_BTX: jax.Array, weight_XY: nnx.Param) -> jax.Array:
     return jnp.tensordot(x_BTX, w_XY, axes=len(X))
 
 
-def rms_norm(x_BTD: jax.Array, weight_D: nnx.Param, eps: float) -> jax.Array:
+def rms_norm(x_BTD: jax.Array, weight_D: nnx.Param | jax.Array, eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) in float32, rounded to the dtype of x, then times the weight."""
     x32_BTD = x_BTD.astype(jnp.float32)
     scale_BT1 = jax.lax.rsqrt(jnp.mean(x32_BTD * x32_BTD, axis=-1, keepdims=True) + eps)

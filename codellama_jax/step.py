@@ -109,68 +109,70 @@ def token_losses(
 def chunked_cross_entropy(
     llama: Llama, x_BTD: jax.Array, targets_BT: jax.Array, chunk: int, context: int = 1
 ) -> jax.Array:
-    """-log softmax(logits)[target] in float32, holding the logits of `chunk` positions at once.
-
-    The backward pass computes each chunk's logits again. Each of `context` devices takes a chunk's
-    share from its own part of the row.
+    """-log softmax(logits)[target] in float32, [B, T], holding the float32 logits of `chunk`
+    positions at once. Each of `context` devices takes a chunk's share from its own part of the row.
     """
     B, T, D = x_BTD.shape
     part, chunk = T // context, max(1, chunk // context)
-    w_DV = llama.output_weight()
-
-    def losses(x_BCD, targets_BC):
-        x_BCD = sharding.constrain(x_BCD, "batch", "queries", None)
-        return cross_entropy(x_BCD, w_DV.astype(x_BCD.dtype), targets_BC)
-
-    if chunk >= part:
-        return losses(x_BTD, targets_BT)
+    chunk = min(chunk, part)
     whole = part // chunk * chunk
+    w_DV = llama.output_weight().astype(x_BTD.dtype)
 
     def parts(x):  # [B, T, ...] -> [B, context, T / context, ...]
         return x.reshape(B, context, part, *x.shape[2:])
 
-    def chunks(x):  # [B, context, whole, ...] -> [whole / chunk, B, context * chunk, ...]
+    def chunks(x):  # [B, context, whole, ...] -> [N, B, context * chunk, ...]
         x = x.reshape(B, context, -1, chunk, *x.shape[3:])
         return jnp.moveaxis(x, 2, 0).reshape(-1, B, context * chunk, *x.shape[4:])
 
     x, targets = parts(x_BTD), parts(targets_BT)
-    _, nll = jax.lax.scan(
-        lambda _, chunk: (None, jax.checkpoint(losses)(*chunk)),
-        None,
-        (chunks(x[:, :, :whole]), chunks(targets[:, :, :whole])),
-    )
+    nll = cross_entropy(chunks(x[:, :, :whole]), w_DV, chunks(targets[:, :, :whole]))
     nll = jnp.moveaxis(nll.reshape(-1, B, context, chunk), 0, 2).reshape(B, context, whole)
     if whole < part:
-        x, targets = x[:, :, whole:].reshape(B, -1, D), targets[:, :, whole:].reshape(B, -1)
-        nll = jnp.concatenate([nll, losses(x, targets).reshape(B, context, -1)], axis=2)
+        x, targets = x[:, :, whole:].reshape(1, B, -1, D), targets[:, :, whole:].reshape(1, B, -1)
+        rest = cross_entropy(x, w_DV, targets)
+        nll = jnp.concatenate([nll, rest.reshape(B, context, -1)], axis=2)
     return nll.reshape(B, T)
 
 
 @jax.custom_vjp
-def cross_entropy(x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """-log softmax(x w)[target], float32 [B, T]; logits are float32.
+def cross_entropy(x_NBCD: jax.Array, w_DV: jax.Array, targets_NBC: jax.Array) -> jax.Array:
+    """-log softmax(x w)[target], float32 [N, B, C]; the N chunks of a row one after another.
 
-    What is kept for the backward pass is not them but their gradient, softmax - one-hot, rounded to
-    the dtype of x as its products take it: half the bytes. The gradient of w has the dtype of w.
+    What is kept for the backward pass is the gradient of the logits, softmax - one-hot, rounded to
+    the dtype of x as its products take it. The gradient of w has the dtype of w.
     """
-    return _cross_entropy(x_BTD, w_DV, targets_BT)[0]
+    return _cross_entropy(x_NBCD, w_DV, targets_NBC)[0]
 
 
-def _cross_entropy(x_BTD, w_DV, targets_BT):
-    logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, w_DV, preferred_element_type=jnp.float32)
-    logits_BTV = sharding.constrain(logits_BTV, "batch", "queries", "vocab")
-    is_target_BTV = targets_BT[..., None] == jnp.arange(w_DV.shape[1])[None, None]
-    total_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    nll_BT = total_BT - jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
-    grad_BTV = jnp.exp(logits_BTV - total_BT[..., None]) - is_target_BTV
-    return nll_BT, (x_BTD, w_DV, grad_BTV.astype(x_BTD.dtype))
+def _cross_entropy(x_NBCD, w_DV, targets_NBC):
+    w_DV = sharding.constrain(w_DV, None, "vocab")  # gathered once, not for each chunk
+
+    def chunk(_, x_and_targets):
+        x_BCD, targets_BC = x_and_targets
+        x_BCD = sharding.constrain(x_BCD, "batch", "queries", None)
+        logits_BCV = jnp.einsum("BCD,DV->BCV", x_BCD, w_DV, preferred_element_type=jnp.float32)
+        logits_BCV = sharding.constrain(logits_BCV, "batch", "queries", "vocab")
+        is_target_BCV = targets_BC[..., None] == jnp.arange(w_DV.shape[1])[None, None]
+        total_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+        nll_BC = total_BC - jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0.0), axis=-1)
+        grad_BCV = jnp.exp(logits_BCV - total_BC[..., None]) - is_target_BCV
+        return None, (nll_BC, grad_BCV.astype(x_BCD.dtype))
+
+    _, (nll_NBC, grad_NBCV) = jax.lax.scan(chunk, None, (x_NBCD, targets_NBC))
+    return nll_NBC, (x_NBCD, w_DV, grad_NBCV)
 
 
-def _cross_entropy_back(kept, grad_BT):
-    x_BTD, w_DV, grad_BTV = kept
-    grad_BTV = (grad_BTV * grad_BT[..., None]).astype(x_BTD.dtype)
-    x_grad_BTD = jnp.einsum("BTV,DV->BTD", grad_BTV, w_DV)
-    return x_grad_BTD, jnp.einsum("BTD,BTV->DV", x_BTD, grad_BTV), None
+def _cross_entropy_back(kept, grad_NBC):
+    x_NBCD, w_DV, grad_NBCV = kept
+    grad_NBCV = grad_NBCV * grad_NBC[..., None].astype(grad_NBCV.dtype)  # 0 or 1 in training
+    x_grad_NBCD = jnp.einsum("NBCV,DV->NBCD", grad_NBCV, w_DV)
+    w_grad_DV = jnp.einsum("NBCD,NBCV->DV", x_NBCD, grad_NBCV)
+    w_grad_DV = sharding.constrain(w_grad_DV, "embed", "vocab")
+    # left to itself the compiler sums the gradient of w behind those of all layers, and keeps its
+    # unsplit whole until then
+    x_grad_NBCD, w_grad_DV = jax.lax.optimization_barrier((x_grad_NBCD, w_grad_DV))
+    return x_grad_NBCD, w_grad_DV, None
 
 
 cross_entropy.defvjp(_cross_entropy, _cross_entropy_back)

@@ -22,7 +22,7 @@ def gib(stage: config.Stage, where: chips.Slice) -> float:
     """GiB a device with the stage's layout.
 
     State and gradients in float32, what remat keeps of each layer, one layer at work with the
-    weights of the next, the logits of a chunk.
+    weights of the next, the logits.
     """
     model, layout = stage.model, stage.layout
     data, fsdp = ways(stage, where)
@@ -32,7 +32,7 @@ def gib(stage: config.Stage, where: chips.Slice) -> float:
     weights = layer_weights(model) / layout.tensor
     work = 3 * 2 * weights + 2 * tokens * (4 * model.dim + 3 * model.ffn_dim)
     chunk = min(layout.loss_chunk, stage.data.seq_len) * rows / (layout.tensor * layout.context)
-    logits = 4 * 2 * chunk * model.vocab_size
+    logits = (4 * chunk + 2 * tokens) * model.vocab_size  # of a chunk, and the gradient of all
     kept_bytes = tokens * model.num_layers * kept(model, layout.remat)
     return (state + kept_bytes + work + logits) / 2**30
 
@@ -44,6 +44,7 @@ def kept(model: config.Model, remat: str) -> int:
     widths = {
         "full": D,
         "attention": D + heads,
+        "products": D + heads - model.num_heads * model.head_dim + 2 * D + 2 * F,
         "dots": D + heads + 2 * D + 2 * F,
         "none": 8 * D + heads + 4 * F,
     }
@@ -67,7 +68,7 @@ def seconds(stage: config.Stage, where: chips.Slice) -> float:
     weights = model.num_layers * layer_weights(model)
     again = 2 * model.num_layers * recomputed(model, layout.remat)
     products = 6 * weights + again + 6 * model.dim * model.vocab_size
-    kernel = MATRIX_PRODUCTS + 2 * (layout.remat == "full")
+    kernel = MATRIX_PRODUCTS + 2 * (layout.remat in ("full", "products"))
     data, fsdp = ways(stage, where)
     shards = fsdp * layout.context
     if model.dim // shards % TILE:
@@ -154,7 +155,7 @@ def candidates(stage: config.Stage, where: chips.Slice) -> list[config.Layout]:
             for microbatches in {n for n in (1, 2, 4, 8, 16, most) if 1 <= n <= most}:
                 if stage.data.rows_per_batch % microbatches:
                     continue
-                for remat in ("full", "attention", "dots"):
+                for remat in ("full", "attention", "products", "dots"):
                     layout = replace(
                         stage.layout, data=data, fsdp=fsdp, tensor=tensor, context=context,
                         microbatches=microbatches, remat=remat,

@@ -133,7 +133,7 @@ def lower(
     prompt = decode.bucket(context)
     tokens_BT, lengths_B = rows(np.int32, prompt), rows(np.int32)
     sizes = {"model": model, "room": decode.bucket(ANSWER)}
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), program.without_places():
         if name == "prefill":
             return decode.prefill.lower(params, tokens_BT, lengths_B, **sizes), mesh
         kept = jax.eval_shape(

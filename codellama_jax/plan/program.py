@@ -4,6 +4,7 @@ A program is named by a hash of its own text and of what compiles it, and what t
 kept under that name (store.py), so that the same question is answered at once.
 """
 
+import contextlib
 import gzip
 import math
 import re
@@ -106,8 +107,23 @@ def lower(stage: config.Stage, where: chips.Slice):
     check_rows(stage, where, mesh.shape["data"] * mesh.shape["fsdp"])
     train_state = state.abstract_state(stage.model, optim.adamw(stage.optim, stage.steps), mesh)
     train_step = jax.jit(step.make_train_step(stage, "tpu"), donate_argnums=0)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), without_places():
         return train_step.lower(train_state, abstract_batch(stage, mesh)), mesh
+
+
+@contextlib.contextmanager
+def without_places():
+    """Programs lowered in here do not say which files and lines they come from. Kernels do, inside
+    their code, and the hash of a program must not depend on where a library is installed."""
+    import jax
+
+    name = "jax_traceback_in_locations_limit"
+    before = jax.config.values[name]
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def abstract_batch(stage: config.Stage, mesh) -> dict:
