@@ -59,61 +59,61 @@ LONG_STEPS = {    # sec. 2.6
 # bytes and seconds, and what else was tried. Ours.
 LAYOUTS = {       # size, rows of a batch, row length: slice
     ("7b", 1_024, 4_096): {
-        "v4:4x4x4": Layout(microbatches=8, remat="dots"),
+        "v4:4x4x4": Layout(data=2, microbatches=8, remat="dots"),
         "v5e:16x16": Layout(data=4, fsdp=64, microbatches=4, remat="dots"),
-        "v5p:4x4x4": Layout(microbatches=4, remat="dots"),
-        "tpu7x:4x4x4": Layout(microbatches=2, remat="dots"),
+        "v5p:4x4x4": Layout(data=2, microbatches=4, remat="dots"),
+        "tpu7x:4x4x4": Layout(data=2, microbatches=2, remat="dots"),
         "2xv5e:16x16": Layout(data=8, fsdp=64, microbatches=2, remat="dots"),
         "v6e:16x16": Layout(data=8, fsdp=32, remat="attention"),
     },
     ("7b", 128, 16_384): {
         "v5e:16x16": Layout(context=2, remat="attention"),
-        "v5p:4x4x4": Layout(microbatches=2, remat="dots"),
+        "v5p:4x4x4": Layout(data=2, microbatches=2, remat="dots"),
     },
     ("7b", 32, 16_384): {
         "v5e:8x8": Layout(context=2, remat="attention"),
         "v5e:16x16": Layout(context=8, remat="dots"),
-        "v5p:4x4x4": Layout(context=2, remat="dots"),
+        "v5p:4x4x4": Layout(data=2, context=2, remat="dots"),
     },
     ("13b", 1_024, 4_096): {
         "v5e:16x16": Layout(data=4, fsdp=64, microbatches=4, remat="attention"),
-        "v5p:4x4x4": Layout(microbatches=4, remat="dots"),
+        "v5p:4x4x4": Layout(data=2, microbatches=4, remat="dots"),
     },
     ("13b", 128, 16_384): {
         "v5e:16x16": Layout(data=4, fsdp=32, context=2),
-        "v5p:4x4x4": Layout(microbatches=2, remat="dots"),
+        "v5p:4x4x4": Layout(data=2, microbatches=2, remat="dots"),
     },
     ("13b", 32, 16_384): {
         "v5e:8x8": Layout(data=2, fsdp=16, context=2),
         "v5e:16x16": Layout(data=4, context=8, remat="dots"),
-        "v5p:4x4x4": Layout(context=2, remat="dots"),
+        "v5p:4x4x4": Layout(data=2, context=2, remat="dots"),
     },
     ("34b", 1_024, 4_096): {
         "v5e:16x16": Layout(microbatches=2),
-        "v5p:4x4x8": Layout(microbatches=4, remat="dots"),
+        "v5p:4x4x8": Layout(data=2, microbatches=4, remat="dots"),
     },
     ("34b", 64, 16_384): {
         "v5e:16x16": Layout(context=4, remat="attention"),
-        "v5p:4x4x8": Layout(context=2, remat="dots"),
+        "v5p:4x4x8": Layout(data=2, context=2, remat="dots"),
     },
     ("34b", 32, 16_384): {
         "v5e:8x16": Layout(context=4),
         "v5e:16x16": Layout(context=8, remat="attention"),
-        "v5p:4x4x8": Layout(context=4, remat="dots"),
+        "v5p:4x4x8": Layout(data=2, context=4, remat="dots"),
     },
     ("70b", 1_024, 4_096): {
         "v5e:16x16": Layout(microbatches=4),
         "v6e:16x16": Layout(microbatches=2),
-        "v5p:4x4x8": Layout(microbatches=8, remat="dots"),
+        "v5p:4x4x8": Layout(data=2, microbatches=8, remat="dots"),
     },
     ("70b", 64, 16_384): {
         "v5e:16x16": Layout(context=4),
         "v6e:16x16": Layout(context=4, remat="attention"),
-        "v5p:4x4x8": Layout(context=4, microbatches=2, remat="dots"),
+        "v5p:4x4x8": Layout(data=2, context=4, microbatches=2, remat="dots"),
     },
     ("70b", 128, 4_096): {
         "v6e:8x16": Layout(remat="attention"),
-        "v5p:4x4x8": Layout(remat="dots"),
+        "v5p:4x4x8": Layout(data=2, remat="dots"),
     },
 }
 # fmt: on

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import spine_fixture as tiny
 
-from codellama_jax import attention, model, sharding
+from codellama_jax import attention, config, model, sharding
 
 
 def inputs(length: int, *, heads=4, kv_heads=2, width=8, rows=2, seed=0, dtype=np.float32):
@@ -243,6 +243,32 @@ def test_slices_too_short_for_the_kernel_are_refused():
     attend = functools.partial(attention.attend, kernel="splash", context=2)
     with pytest.raises(ValueError, match="rows of 256 .*multiple of 128; use a smaller"):
         jax.eval_shape(attend, q, k, v)
+
+
+@pytest.mark.parametrize("length, context, asked", [(256, 1, 512), (4_096, 4, 1_024)])
+def test_a_block_that_is_no_part_of_a_row_is_refused_with_one_that_is(length, context, asked):
+    with pytest.raises(
+        ValueError, match=rf"attention_block={asked} .* of {length}; use (\d+)"
+    ) as e:
+        attention.splash_block(length, context, asked)
+    instead = int(str(e.value).rsplit(" ", 1)[1])
+    assert attention.splash_block(length, context, instead) == instead
+
+
+def test_a_block_for_another_kernel_is_refused():
+    layout = config.Layout(attention_block=512)
+    with pytest.raises(
+        ValueError, match="attention_block=512 is for the splash kernel.*'xla' runs"
+    ):
+        model.Compute.of(layout, "cpu")
+    assert model.Compute.of(layout, "tpu").block == 512
+
+
+@pytest.mark.parametrize("block", [128, 512])
+def test_the_block_of_the_kernel_changes_nothing_but_speed(block):
+    q, k, v, segments = inputs(512)
+    attend = functools.partial(attention.attend, segments_BT=segments, kernel="splash")
+    np.testing.assert_allclose(attend(q, k, v, block=block), attend(q, k, v), atol=2e-6, rtol=2e-5)
 
 
 # -- which kernel --------------------------------------------------------------------------------

@@ -113,13 +113,14 @@ def test_an_optimizer_that_cannot_be_is_refused_with_its_numbers(changes, parts)
 @pytest.mark.parametrize(
     "changes, parts",
     [
-        ({"remat": "some"}, ("remat='some'", "none, full, dots, attention")),
+        ({"remat": "some"}, ("remat='some'", "none, full, attention, products, dots")),
         ({"compute_dtype": "float16"}, ("compute_dtype='float16'", "float32, bfloat16")),
         ({"attention": "flash"}, ("attention='flash'", "auto, xla, splash, cudnn")),
         ({"tensor": 0}, ("tensor=0", "at least 1")),
         ({"microbatches": 0}, ("microbatches=0", "at least 1")),
         ({"loss_chunk": 0}, ("loss_chunk=0", "at least 1")),
         ({"fsdp": 0}, ("fsdp=0", "at least 1, or -1")),
+        ({"attention_block": 96}, ("attention_block=96", "a power of two from 128 on")),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused_with_its_numbers(changes, parts):

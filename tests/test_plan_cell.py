@@ -1,6 +1,8 @@
 """A stage on a slice: what is refused, and that the same question is not asked twice."""
 
+import base64
 import gzip
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -44,6 +46,24 @@ def test_a_stage_that_does_not_fit_is_told_what_would(
         assert arithmetic.gib(stage, where) <= arithmetic.SPARED * where.chip.hbm_gib
 
 
+def test_a_block_that_vector_memory_does_not_hold_is_refused(tmp_path, monkeypatch):
+    error = "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 27.95M of 16.00M vmem"
+    monkeypatch.setattr(program, "compiled", lambda *_: program.refusal(error))
+    stage = laid_out("7b", "code", attention_block=2_048)
+    with pytest.raises(ValueError, match="attention_block=2048 needs 27.95 MiB.* v4 gives 16.0"):
+        cell.plan(stage, chips.Slice.parse("v4:4x4x4"), cache=tmp_path)
+    assert program.refusal("INTERNAL: something else") == {}
+
+
+def test_a_program_does_not_say_where_libraries_lie():
+    stage = laid_out("7b", "code", microbatches=4)
+    stage = replace(stage, model=replace(stage.model, num_layers=1, dim=512, num_heads=4))
+    lowered, _ = program.lower(program.canonical(stage), V5E)
+    kernels = re.findall(r"body\W+([A-Za-z0-9+/=]{100,})", lowered.as_text())
+    assert len(kernels) == 3
+    assert not any(b".py" in base64.b64decode(kernel) for kernel in kernels)
+
+
 @pytest.mark.parametrize("layout", [{"context": 3}, {"fsdp": 64}])
 def test_a_mesh_that_does_not_fill_the_slice_is_refused_with_one_that_does(layout):
     stage = laid_out("34b", "long_context", **layout)
@@ -66,7 +86,7 @@ def test_the_same_question_is_answered_without_asking_again(tmp_path, monkeypatc
         [config.to_json(stage), str(V5E), {}, store.versions(), store.own_code(program.SOURCES)],
     )
     places = [[x, y] for x in range(16) for y in range(16)]
-    kept = {"mesh": {"fsdp": 256}, "places": places, "slices": [0] * 256}
+    kept = {"mesh": {"fsdp": 256}, "places": places, "slices": [0] * 256, "memory": {}}
     store.save(tmp_path / "program.json", kept)
     store.save(tmp_path / "program.hlo.gz", gzip.compress(HLO.encode()))
     store.save(tmp_path / f"{asked}.alias.json", "program")

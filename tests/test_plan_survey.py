@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from codellama_jax import config
 from codellama_jax.plan import cell, chips, ledger, search, survey
 from recipes import code_llama
 from tools import plan_pod
@@ -51,11 +52,14 @@ def test_a_search_ranks_what_fits_before_what_does_not(monkeypatch):
     def planned(stage, where):
         if stage.layout.remat == "dots":
             raise ValueError("too big")
-        seconds = 1.0 + stage.layout.microbatches
-        return {"time": {"step_seconds": seconds, "mfu": 0.5}, "memory": {"peak": 1.0}}
+        seconds = 1.0 + stage.layout.microbatches - stage.layout.attention_block / 1e4
+        layout = config.to_json(stage.layout)
+        time = {"step_seconds": seconds, "mfu": 0.5}
+        return {"layout": layout, "time": time, "memory": {"peak": 1.0}}
 
     monkeypatch.setattr(cell, "plan", planned)
     found = search.search(CODE_7B, chips.Slice.parse("v5e:16x16"), 12, quiet=True)
     times = [report["time"]["step_seconds"] for report in found if "time" in report]
-    assert times == sorted(times) and len(found) == 12
+    assert times == sorted(times) and len(found) == 12 + len(search.BLOCKS)
+    assert found[0]["layout"]["attention_block"] == max(search.BLOCKS)
     assert ["refused" in report for report in found] == sorted("refused" in r for r in found)

@@ -29,7 +29,7 @@ def plan(
     facts = program.compiled(
         program.canonical(stage), where, program.told(stage, where, quick), cache or store.folder()
     )
-    check("too_big" not in facts, too_big(stage, where, facts))
+    check("memory" in facts, does_not_fit(stage, where, facts))
     report = {
         "stage": stage.name,
         "slice": str(where),
@@ -48,8 +48,13 @@ def plan(
     return report
 
 
-def too_big(stage: config.Stage, where: chips.Slice, facts: Report) -> str:
+def does_not_fit(stage: config.Stage, where: chips.Slice, facts: Report) -> str:
     """What does not fit, and what would by arithmetic: the nearest layout, a larger slice."""
+    if block := facts.get("too_big_block"):
+        return (
+            f"attention_block={stage.layout.attention_block} needs {block['needs']} MiB of vector "
+            f"memory, {where.chip.name} gives {block['has']}: use a smaller one"
+        )
     needs, has = facts.get("too_big", {}).values() or (0, 0)
     hints = []
     if nearest := arithmetic.nearest(stage, where):

@@ -51,7 +51,7 @@ def plan_generation(
     made = {}
     for name in ("prefill", "decode"):
         facts, text = _compiled(name, model, layout, where, batch, context, options, cache)
-        check("too_big" not in facts, _too_big(name, model, layout, where, batch, context, facts))
+        check("memory" in facts, _too_big(name, model, layout, where, batch, context, facts))
         report = {
             "stage": name,
             "slice": str(where),

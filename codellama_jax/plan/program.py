@@ -69,7 +69,7 @@ def compiled(stage: config.Stage, where: chips.Slice, options: dict, cache: Path
         facts, text = compile_now(made, mesh, options)
         store.save(cache / f"{name}.hlo.gz", gzip.compress(text.encode()))
         store.save(cache / f"{name}.json", facts)
-    if "too_big" in facts:
+    if "memory" not in facts:  # it does not fit
         return facts
     text = gzip.decompress((cache / f"{name}.hlo.gz").read_bytes()).decode()
     rounds = 1 if options in QUICK else None  # times mean nothing there, so neither do trips
@@ -176,10 +176,9 @@ def compile_now(lowered, mesh, options: dict) -> tuple[Report, str]:
     try:
         program = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
-        if found is None:
-            raise
-        return made | {"too_big": {"needs": float(found[1]), "has": float(found[2])}}, ""
+        if refused := refusal(str(error)):
+            return made | refused, ""
+        raise
     sizes = program.memory_analysis()
     made |= {
         "compiled": {
@@ -198,3 +197,13 @@ def compile_now(lowered, mesh, options: dict) -> tuple[Report, str]:
         "slices": [int(getattr(device, "slice_index", 0)) for device in mesh.devices.flat],
     }
     return made, program.as_text()
+
+
+def refusal(error: str) -> Report:
+    """What did not fit by a compiler's error: "too_big" for a device (GiB), or the "too_big_block"
+    of a kernel for its vector memory (MiB); empty for other errors."""
+    found = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", error)
+    if found:
+        return {"too_big": {"needs": float(found[1]), "has": float(found[2])}}
+    found = re.search(r"memory space vmem\. Used ([\d.]+)M of ([\d.]+)M", error)
+    return {"too_big_block": {"needs": float(found[1]), "has": float(found[2])}} if found else {}
