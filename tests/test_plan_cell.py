@@ -57,7 +57,9 @@ def test_a_block_that_vector_memory_does_not_hold_is_refused(tmp_path, monkeypat
 
 def test_a_program_does_not_say_where_libraries_lie():
     stage = laid_out("7b", "code", microbatches=4)
-    stage = replace(stage, model=replace(stage.model, num_layers=1, dim=512, num_heads=4))
+    stage = replace(
+        stage, model=replace(stage.model, num_layers=1, dim=512, num_heads=4, num_kv_heads=4)
+    )
     lowered, _ = program.lower(program.canonical(stage), V5E)
     kernels = re.findall(r"body\W+([A-Za-z0-9+/=]{100,})", lowered.as_text())
     assert len(kernels) == 3

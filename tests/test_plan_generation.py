@@ -69,7 +69,7 @@ def test_what_does_not_divide_is_refused_with_what_would(slice_name, batch, tens
 )
 def test_what_does_not_fit_is_told_what_would(tmp_path, monkeypatch, where, batch, hint):
     refused = {"mesh": {}, "too_big": {"needs": 20.0, "has": 15.75}}
-    monkeypatch.setattr(generation, "_compiled", lambda *_: (refused, ""))
+    monkeypatch.setattr(program.Question, "answer", lambda *_: (refused, ""))
     with pytest.raises(ValueError, match=f"{batch} rows of 100000 .* 15.75: try {hint}$"):
         generation.plan_generation(
             config.SIZES["34b"], chips.Slice.parse(where), batch, 100_000, cache=tmp_path

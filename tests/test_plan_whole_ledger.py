@@ -12,7 +12,7 @@ RECIPE = code_llama.stages, code_llama.layouts
 
 def test_cells_of_other_programs_and_cells_that_are_missing_are_named(monkeypatch):
     rows = {ledger.key(row): row for row in ledger.read(DOCS)}
-    monkeypatch.setattr(program, "name_of", lambda *_: ("of today", None))
+    monkeypatch.setattr(program.Question, "name", lambda *_: ("of today", None))
     changed = whole_ledger.outdated(DOCS, *RECIPE)
     assert {each.why for each in changed} <= {"missing", "other program"}
     names = {(each.size, each.stage.name, str(each.where)) for each in changed}
@@ -23,7 +23,7 @@ def test_cells_of_other_programs_and_cells_that_are_missing_are_named(monkeypatc
 
 def test_a_row_whose_kept_program_is_estimated_otherwise_today_is_named(monkeypatch):
     row, where = ledger.read(DOCS)[0], chips.Slice.parse("v5e:16x16")
-    monkeypatch.setattr(program, "name_of", lambda *_: (row["program"], None))
+    monkeypatch.setattr(program.Question, "name", lambda *_: (row["program"], None))
     monkeypatch.setattr(store, "load", lambda _: {})
     monkeypatch.setattr(cell, "plan", lambda *_: None)
 

@@ -14,7 +14,6 @@ Reading takes as many rounds as the prompt has chunks (decode.chunk_of); generat
 token, a share of a call that adds decode.DECODE_CHUNK.
 """
 
-import gzip
 import math
 from pathlib import Path
 from typing import Any
@@ -50,8 +49,9 @@ def plan_generation(
     cache = cache or store.folder()
     made = {}
     for name in ("prefill", "decode"):
-        facts, text = _compiled(name, model, layout, where, batch, context, options, cache)
-        check("memory" in facts, _too_big(name, model, layout, where, batch, context, facts))
+        asked = (name, model, layout, where, batch, context)
+        facts, text = question(*asked, options).answer(cache)
+        check("memory" in facts, _too_big(*asked, facts))
         report = {
             "stage": name,
             "slice": str(where),
@@ -90,22 +90,11 @@ def layout_of(
 
 
 # -- compiling -----------------------------------------------------------------------------------
-def _compiled(name, model, layout, where, batch, context, options, cache):
-    """What the compiler says of a program, and its schedule; from the cache if asked before."""
-    question = [name, config.to_json(model), config.to_json(layout), str(where), batch, context]
-    asked = store.digest([*question, options, store.versions(), store.own_code(SOURCES)])
-    key, made = store.load(cache / f"{asked}.alias.json"), None
-    if key is None:
-        made = lower(name, model, layout, where, batch, context)
-        key = store.digest([made[0].as_text(), str(where), options, store.versions(), *where.wrap])
-        store.save(cache / f"{asked}.alias.json", key)
-    facts = store.load(cache / f"{key}.json")
-    if facts is None:
-        lowered, mesh = made or lower(name, model, layout, where, batch, context)
-        facts, text = program.compile_now(lowered, mesh, options)
-        store.save(cache / f"{key}.hlo.gz", gzip.compress(text.encode()))
-        store.save(cache / f"{key}.json", facts)
-    return facts, gzip.decompress((cache / f"{key}.hlo.gz").read_bytes()).decode()
+def question(name, model, layout, where, batch, context, options) -> program.Question:
+    """What a program needs on a slice, to be asked of the compiler or of the cache."""
+    shapes = [name, config.to_json(model), config.to_json(layout), str(where), batch, context]
+    asked = (name, model, layout, where, batch, context)
+    return program.Question([*shapes, options], where, options, SOURCES, lambda: lower(*asked))
 
 
 def lower(

@@ -9,7 +9,8 @@ import gzip
 import math
 import re
 import time
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,37 +63,56 @@ def canonical(stage: config.Stage) -> config.Stage:
 
 def compiled(stage: config.Stage, where: chips.Slice, options: dict, cache: Path) -> Report:
     """What the compiler says of a stage, from the cache if it was asked before."""
-    name, lowered = name_of(stage, where, options, cache)
-    facts = store.load(cache / f"{name}.json")
-    if facts is None:
-        made, mesh = lowered or lower(stage, where)
-        facts, text = compile_now(made, mesh, options)
-        store.save(cache / f"{name}.hlo.gz", gzip.compress(text.encode()))
-        store.save(cache / f"{name}.json", facts)
+    facts, text = question(stage, where, options).answer(cache)
     if "memory" not in facts:  # it does not fit
         return facts
-    text = gzip.decompress((cache / f"{name}.hlo.gz").read_bytes()).decode()
     rounds = 1 if options in QUICK else None  # times mean nothing there, so neither do trips
-    return facts | {"program": name, "regions": estimate.regions(text, facts, where, rounds)}
+    return facts | {"regions": estimate.regions(text, facts, where, rounds)}
 
 
-def name_of(stage: config.Stage, where: chips.Slice, options: dict, cache: Path):
-    """The name of a stage's program, a hash of it and of what compiles it, and the program itself
-    if it had to be lowered to know.
+def question(stage: config.Stage, where: chips.Slice, options: dict) -> "Question":
+    """What a stage needs on a slice, to be asked of the compiler or of the cache."""
+    leads = [config.to_json(stage), str(where), options]
+    return Question(leads, where, options, SOURCES, lambda: lower(stage, where))
 
-    Another hash, of the recipe and the source files, leads to the name without any work; the
-    program's survives changes of the sources that do not change it.
-    """
-    asked = store.digest(
-        [config.to_json(stage), str(where), options, store.versions(), store.own_code(SOURCES)]
-    )
-    name = store.load(cache / f"{asked}.alias.json")
-    if name is not None:
-        return name, None
-    lowered, mesh = lower(stage, where)
-    name = store.digest([lowered.as_text(), str(where), options, store.versions(), *where.wrap])
-    store.save(cache / f"{asked}.alias.json", name)
-    return name, (lowered, mesh)
+
+@dataclass(frozen=True)
+class Question:
+    """A program for a slice, and what leads to it."""
+
+    leads: list  # JSON: equal leads and equal source files lead to the same program
+    where: chips.Slice
+    options: dict  # of the compiler
+    sources: Sequence[str]  # see store.own_code
+    lower: Callable  # () -> the lowered program and its mesh
+
+    def name(self, cache: Path):
+        """The name of the program, a hash of it and of what compiles it, and the program itself if
+        it had to be lowered to know.
+
+        Another hash, of the leads and the source files, leads to the name without any work; the
+        program's survives changes of the sources that do not change it.
+        """
+        asked = store.digest([*self.leads, store.versions(), store.own_code(self.sources)])
+        name = store.load(cache / f"{asked}.alias.json")
+        if name is not None:
+            return name, None
+        lowered, mesh = self.lower()
+        told = [str(self.where), self.options, store.versions(), *self.where.wrap]
+        name = store.digest([lowered.as_text(), *told])
+        store.save(cache / f"{asked}.alias.json", name)
+        return name, (lowered, mesh)
+
+    def answer(self, cache: Path) -> tuple[Report, str]:
+        """What the compiler says of the program, and its schedule ("" where it does not fit)."""
+        name, lowered = self.name(cache)
+        facts = store.load(cache / f"{name}.json")
+        if facts is None:
+            facts, text = compile_now(*(lowered or self.lower()), self.options)
+            store.save(cache / f"{name}.hlo.gz", gzip.compress(text.encode()))
+            store.save(cache / f"{name}.json", facts)
+        text = gzip.decompress((cache / f"{name}.hlo.gz").read_bytes()).decode()
+        return facts | {"program": name}, text
 
 
 def lower(stage: config.Stage, where: chips.Slice):

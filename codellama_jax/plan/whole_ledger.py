@@ -42,7 +42,7 @@ def staleness(size: str, stage: config.Stage, where: chips.Slice, row: dict | No
     if row is None:
         return "missing"
     cache, options = store.folder(), program.told(stage, where)
-    name, _ = program.name_of(program.canonical(stage), where, options, cache)
+    name, _ = program.question(program.canonical(stage), where, options).name(cache)
     if row["program"] != name:
         return "other program"
     if store.load(cache / f"{name}.json") is None:  # to compile it would show nothing new
