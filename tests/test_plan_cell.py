@@ -62,7 +62,7 @@ def test_a_program_does_not_say_where_libraries_lie():
     )
     lowered, _ = program.lower(program.canonical(stage), V5E)
     kernels = re.findall(r"\\22body\\22: \\22([A-Za-z0-9+/=]+)", lowered.as_text())
-    assert len(kernels) == 3
+    assert kernels
     assert not any(b".py" in base64.b64decode(kernel) for kernel in kernels)
 
 
