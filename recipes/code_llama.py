@@ -56,22 +56,23 @@ LONG_STEPS = {    # sec. 2.6
     ("70b", "long_context"): 11_000,         # ours: as 34B
 }
 # Compiled for these slices by tools/plan_pod.py: they fit with 5% to spare. docs/pods.md has the
-# bytes and seconds, and what else was tried. Ours.
+# bytes and seconds, and what else was tried. Ours. Gradients are reduce-scattered over half of a slice
+# of cubes, and summed over its two halves.
 LAYOUTS = {       # size, rows of a batch, row length: slice
     ("7b", 1_024, 4_096): {
         "v4:4x4x4": Layout(data=2, microbatches=8, remat="dots"),
         "v5e:16x16": Layout(data=4, fsdp=64, microbatches=4, remat="dots"),
         "v5p:4x4x4": Layout(data=2, microbatches=4, remat="dots"),
         "tpu7x:4x4x4": Layout(data=2, microbatches=2, remat="dots"),
-        "2xv5e:16x16": Layout(data=8, fsdp=64, microbatches=2, remat="dots"),
-        "v6e:16x16": Layout(data=8, fsdp=32, remat="attention"),
+        "2xv5e:16x16": Layout(data=8, fsdp=64, microbatches=2, remat="dots", loss_chunk=4_096),
+        "v6e:16x16": Layout(data=8, fsdp=32, remat="attention", loss_chunk=4_096),
     },
     ("7b", 128, 16_384): {
-        "v5e:16x16": Layout(context=2, remat="attention"),
+        "v5e:16x16": Layout(context=2, remat="attention", loss_chunk=4_096),
         "v5p:4x4x4": Layout(data=2, microbatches=2, remat="dots"),
     },
     ("7b", 32, 16_384): {
-        "v5e:8x8": Layout(context=2, remat="attention"),
+        "v5e:8x8": Layout(context=2, remat="attention", loss_chunk=4_096),
         "v5e:16x16": Layout(context=8, remat="dots"),
         "v5p:4x4x4": Layout(data=2, context=2, remat="dots"),
     },
@@ -80,39 +81,39 @@ LAYOUTS = {       # size, rows of a batch, row length: slice
         "v5p:4x4x4": Layout(data=2, microbatches=4, remat="dots"),
     },
     ("13b", 128, 16_384): {
-        "v5e:16x16": Layout(data=4, fsdp=32, context=2),
+        "v5e:16x16": Layout(data=4, fsdp=32, context=2, loss_chunk=4_096),
         "v5p:4x4x4": Layout(data=2, microbatches=2, remat="dots"),
     },
     ("13b", 32, 16_384): {
-        "v5e:8x8": Layout(data=2, fsdp=16, context=2),
-        "v5e:16x16": Layout(data=4, context=8, remat="dots"),
+        "v5e:8x8": Layout(data=2, fsdp=16, context=2, loss_chunk=4_096),
+        "v5e:16x16": Layout(data=4, context=8, remat="dots", loss_chunk=4_096),
         "v5p:4x4x4": Layout(data=2, context=2, remat="dots"),
     },
     ("34b", 1_024, 4_096): {
-        "v5e:16x16": Layout(microbatches=2),
+        "v5e:16x16": Layout(microbatches=2, loss_chunk=4_096),
         "v5p:4x4x8": Layout(data=2, microbatches=4, remat="dots"),
     },
     ("34b", 64, 16_384): {
-        "v5e:16x16": Layout(context=4, remat="attention"),
+        "v5e:16x16": Layout(context=4, remat="attention", loss_chunk=4_096),
         "v5p:4x4x8": Layout(data=2, context=2, remat="dots"),
     },
     ("34b", 32, 16_384): {
-        "v5e:8x16": Layout(context=4),
-        "v5e:16x16": Layout(context=8, remat="attention"),
+        "v5e:8x16": Layout(context=4, loss_chunk=4_096),
+        "v5e:16x16": Layout(context=8, remat="attention", loss_chunk=4_096),
         "v5p:4x4x8": Layout(data=2, context=4, remat="dots"),
     },
     ("70b", 1_024, 4_096): {
-        "v5e:16x16": Layout(microbatches=4),
-        "v6e:16x16": Layout(microbatches=2),
+        "v5e:16x16": Layout(microbatches=4, loss_chunk=4_096),
+        "v6e:16x16": Layout(microbatches=2, loss_chunk=4_096),
         "v5p:4x4x8": Layout(data=2, microbatches=8, remat="dots"),
     },
     ("70b", 64, 16_384): {
-        "v5e:16x16": Layout(context=4),
-        "v6e:16x16": Layout(context=4, remat="attention"),
+        "v5e:16x16": Layout(context=4, loss_chunk=4_096),
+        "v6e:16x16": Layout(context=4, remat="attention", loss_chunk=4_096),
         "v5p:4x4x8": Layout(data=2, context=4, microbatches=2, remat="dots"),
     },
     ("70b", 128, 4_096): {
-        "v6e:8x16": Layout(remat="attention"),
+        "v6e:8x16": Layout(remat="attention", loss_chunk=4_096),
         "v5p:4x4x8": Layout(data=2, remat="dots"),
     },
 }

@@ -79,6 +79,7 @@ class Cell:
             "attention": "flash",
             "dataset_type": "synthetic",
             "enable_checkpointing": False,
+            **({"allow_split_physical_axes": True} if self.context > 1 else {}),
             **widths,
         }
         return [f"{name}={value}" for name, value in named.items()]
