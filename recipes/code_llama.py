@@ -56,8 +56,8 @@ LONG_STEPS = {    # sec. 2.6
     ("70b", "long_context"): 11_000,         # ours: as 34B
 }
 # Compiled for these slices by tools/plan_pod.py: they fit with 5% to spare. docs/pods.md has the
-# bytes and seconds, and what else was tried. Ours. Gradients are reduce-scattered over half of a slice
-# of cubes, and summed over its two halves.
+# bytes and seconds, and what else was tried. Ours. In slices of cubes gradients are summed by a
+# reduce-scatter over each half of the devices, and then over both halves.
 LAYOUTS = {       # size, rows of a batch, row length: slice
     ("7b", 1_024, 4_096): {
         "v4:4x4x4": Layout(data=2, microbatches=8, remat="dots"),

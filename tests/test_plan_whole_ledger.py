@@ -33,3 +33,16 @@ def test_a_row_whose_kept_program_is_estimated_otherwise_today_is_named(monkeypa
 
     assert (why(row), why(row | {"mfu": 0.1})) == ("", "other estimate")
     assert whole_ledger.staleness("7b", CODE_7B, where, None) == "missing"
+
+
+def test_rows_of_layouts_that_the_recipe_no_longer_has_are_forgotten(tmp_path):
+    (tmp_path / "pods.md").write_text("<!-- ledger -->\n<!-- /ledger -->\n")
+    layout = code_llama.layouts(CODE_7B, "7b")["v5e:16x16"]
+    row = ledger.find(DOCS, "7b", CODE_7B, "v5e:16x16", layout)
+    ledger.record(tmp_path, row | {"layout": "layout.context=2"})
+    assert whole_ledger.forget_others(tmp_path, *RECIPE) == []  # there is no other yet
+    ledger.record(tmp_path, row)
+    gone = row | {"slice": "v5e:4x4"}
+    ledger.record(tmp_path, gone)
+    assert len(whole_ledger.forget_others(tmp_path, *RECIPE)) == 2
+    assert ledger.read(tmp_path) == [row]

@@ -112,7 +112,9 @@ def arguments():
         action="store_true",
         help="cells that docs/pods.json lacks, or of old programs or estimates",
     )
-    parser.add_argument("--fill", action="store_true", help="compile and record these, all of them")
+    parser.add_argument(
+        "--fill", action="store_true", help="compile and record these; forget others"
+    )
     parser.add_argument(
         "--twins", action="store_true", help="compile two narrow layers in every layout, for bytes"
     )
@@ -169,6 +171,9 @@ def fill(compiles: bool) -> None:
         if compiles:  # in a process of its own: the compiler keeps what it took
             which = ["--size", found.size, "--stage", found.stage.name, "--slice", found.where]
             subprocess.run([sys.executable, __file__, *map(str, which), "--record"])
+    if compiles:
+        for row in whole_ledger.forget_others(DOCS, *RECIPE):
+            print(f"{'forgotten':<15}{row['size']:>4} {row['stage']} on {row['slice']}", flush=True)
 
 
 if __name__ == "__main__":

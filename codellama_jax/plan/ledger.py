@@ -7,6 +7,7 @@ own.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from codellama_jax import config, whole
@@ -50,6 +51,14 @@ def record(folder: Path, new: dict) -> None:
     rows = [*(old for old in rows if key(old) != key(new)), new]
     rows.sort(key=lambda row: (order(row), *key(row)[1:]))
     write(folder, LEDGER, "ledger", rows, table(rows))
+
+
+def forget(folder: Path, unwanted: Callable[[dict], bool]) -> list[dict]:
+    """Takes rows out of folder/pods.json and the table of folder/pods.md, and returns them."""
+    rows = read(folder)
+    kept = [row for row in rows if not unwanted(row)]
+    write(folder, LEDGER, "ledger", kept, table(kept))
+    return [row for row in rows if unwanted(row)]
 
 
 def write(folder: Path, file: str, mark: str, rows: list[dict], shown: str) -> None:

@@ -37,6 +37,21 @@ def outdated(folder: Path, stages: Stages, layouts: Layouts) -> list[Cell]:
     return found
 
 
+def forget_others(folder: Path, stages: Stages, layouts: Layouts) -> list[dict]:
+    """Takes rows out of the ledger whose layout the recipe no longer has, once there are rows of
+    the layouts that it has instead, and returns them."""
+
+    def is_other(row: dict) -> bool:
+        stage = stages(row["size"]).get(row["stage"])
+        layout = layouts(stage, row["size"]).get(row["slice"]) if stage else None
+        if layout is None:
+            return True
+        found = ledger.find(folder, row["size"], stage, row["slice"], layout)
+        return found is not None and ledger.key(found) != ledger.key(row)
+
+    return ledger.forget(folder, is_other)
+
+
 def staleness(size: str, stage: config.Stage, where: chips.Slice, row: dict | None) -> str:
     """Why a row is to be made anew; "" where it is not."""
     if row is None:
