@@ -2,6 +2,8 @@
 
 The loss of a step is a sum over target tokens divided by their count, so it does not depend on the
 mesh, on gradient accumulation, or on how documents were packed.
+
+Axes: B batch  T position  D width  V vocabulary  P chunks of a row  C positions of a chunk
 """
 
 import jax
@@ -121,7 +123,7 @@ def chunked_cross_entropy(
     def parts(x):  # [B, T, ...] -> [B, context, T / context, ...]
         return x.reshape(B, context, part, *x.shape[2:])
 
-    def chunks(x):  # [B, context, whole, ...] -> [N, B, context * chunk, ...]
+    def chunks(x):  # [B, context, whole, ...] -> [P, B, context * chunk, ...]
         x = x.reshape(B, context, -1, chunk, *x.shape[3:])
         return jnp.moveaxis(x, 2, 0).reshape(-1, B, context * chunk, *x.shape[4:])
 
@@ -136,16 +138,16 @@ def chunked_cross_entropy(
 
 
 @jax.custom_vjp
-def cross_entropy(x_NBCD: jax.Array, w_DV: jax.Array, targets_NBC: jax.Array) -> jax.Array:
-    """-log softmax(x w)[target], float32 [N, B, C]; the N chunks of a row one after another.
+def cross_entropy(x_PBCD: jax.Array, w_DV: jax.Array, targets_PBC: jax.Array) -> jax.Array:
+    """-log softmax(x w)[target], float32 [P, B, C]; the P chunks of a row one after another.
 
     What is kept for the backward pass is the gradient of the logits, softmax - one-hot, rounded to
     the dtype of x as its products take it. The gradient of w has the dtype of w.
     """
-    return _cross_entropy(x_NBCD, w_DV, targets_NBC)[0]
+    return _cross_entropy(x_PBCD, w_DV, targets_PBC)[0]
 
 
-def _cross_entropy(x_NBCD, w_DV, targets_NBC):
+def _cross_entropy(x_PBCD, w_DV, targets_PBC):
     w_DV = sharding.constrain(w_DV, None, "vocab")  # gathered once, not for each chunk
 
     def chunk(_, x_and_targets):
@@ -159,20 +161,20 @@ def _cross_entropy(x_NBCD, w_DV, targets_NBC):
         grad_BCV = jnp.exp(logits_BCV - total_BC[..., None]) - is_target_BCV
         return None, (nll_BC, grad_BCV.astype(x_BCD.dtype))
 
-    _, (nll_NBC, grad_NBCV) = jax.lax.scan(chunk, None, (x_NBCD, targets_NBC))
-    return nll_NBC, (x_NBCD, w_DV, grad_NBCV)
+    _, (nll_PBC, grad_PBCV) = jax.lax.scan(chunk, None, (x_PBCD, targets_PBC))
+    return nll_PBC, (x_PBCD, w_DV, grad_PBCV)
 
 
-def _cross_entropy_back(kept, grad_NBC):
-    x_NBCD, w_DV, grad_NBCV = kept
-    grad_NBCV = grad_NBCV * grad_NBC[..., None].astype(grad_NBCV.dtype)  # 0 or 1 in training
-    x_grad_NBCD = jnp.einsum("NBCV,DV->NBCD", grad_NBCV, w_DV)
-    w_grad_DV = jnp.einsum("NBCD,NBCV->DV", x_NBCD, grad_NBCV)
+def _cross_entropy_back(kept, grad_PBC):
+    x_PBCD, w_DV, grad_PBCV = kept
+    grad_PBCV = grad_PBCV * grad_PBC[..., None].astype(grad_PBCV.dtype)  # 0 or 1 in training
+    x_grad_PBCD = jnp.einsum("PBCV,DV->PBCD", grad_PBCV, w_DV)
+    w_grad_DV = jnp.einsum("PBCD,PBCV->DV", x_PBCD, grad_PBCV)
     w_grad_DV = sharding.constrain(w_grad_DV, "embed", "vocab")
     # left to itself the compiler sums the gradient of w behind those of all layers, and keeps its
     # unsplit whole until then
-    x_grad_NBCD, w_grad_DV = jax.lax.optimization_barrier((x_grad_NBCD, w_grad_DV))
-    return x_grad_NBCD, w_grad_DV, None
+    x_grad_PBCD, w_grad_DV = jax.lax.optimization_barrier((x_grad_PBCD, w_grad_DV))
+    return x_grad_PBCD, w_grad_DV, None
 
 
 cross_entropy.defvjp(_cross_entropy, _cross_entropy_back)
