@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from codellama_jax import config, state, tokenizer
+from codellama_jax import config, generate, state, tokenizer
 from codellama_jax.tokenizer import training
 
 V = 512  # batches of 4, buckets of 16 and 32: few shapes, for each takes seconds to compile
@@ -37,3 +37,7 @@ def params():
     return jax.tree.map(
         lambda w: jnp.array(rng.normal(0, 0.1, w.shape), w.dtype), state.abstract_params(MODEL)
     )
+
+
+def make_llama(folder: Path) -> generate.CodeLlama:
+    return generate.CodeLlama(MODEL, params(), make_tokenizer(folder))

@@ -9,24 +9,14 @@ from pathlib import Path
 import generate_fixture as tiny
 import pytest
 
-from codellama_jax import convert, generate
+from codellama_jax import convert
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return tiny.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def params():
-    return tiny.params()
-
-
-@pytest.fixture(scope="module")
-def llama(params, tokenizer):
-    return generate.CodeLlama(tiny.MODEL, params, tokenizer)
+def llama(tmp_path_factory):
+    return tiny.make_llama(tmp_path_factory.mktemp("tokenizer"))
 
 
 def test_importing_the_package_imports_no_jax():
@@ -47,10 +37,10 @@ def test_help_is_quick_and_has_examples():
 
 
 @pytest.fixture(scope="module")
-def shell(tokenizer, params, tmp_path_factory):
+def shell(llama, tmp_path_factory):
     """tools/generate.py on a folder of the random weights: (exit code, what it printed, error)."""
     folder = tmp_path_factory.mktemp("shell") / "hf"
-    convert.export_hf(params, tiny.MODEL, folder, tokenizer.path)
+    convert.export_hf(tiny.params(), tiny.MODEL, folder, llama.tokenizer.path)
     spec = importlib.util.spec_from_file_location("generate_tool", ROOT / "tools/generate.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
