@@ -2,7 +2,7 @@
 
 import pytest
 
-from codellama_jax.plan import chips, ledger
+from codellama_jax.plan import ledger
 from tools import bench_maxtext
 
 CELLS = [pytest.param(cell, id=name) for name, cell in bench_maxtext.CELLS.items()]
@@ -11,8 +11,8 @@ CELLS = [pytest.param(cell, id=name) for name, cell in bench_maxtext.CELLS.items
 @pytest.mark.parametrize("cell", CELLS)
 def test_both_sides_get_the_same_cell(cell):
     said = dict(setting.split("=", 1) for setting in cell.settings())
-    stage, where = cell.stage(), chips.Slice.parse(cell.where)
-    assert float(said["per_device_batch_size"]) * where.chips == stage.data.rows_per_batch
+    stage = cell.stage()
+    assert float(said["per_device_batch_size"]) * cell.where.chips == stage.data.rows_per_batch
     assert int(said["max_target_length"]) == stage.data.seq_len
     assert int(said["ici_context_parallelism"]) == stage.layout.context
     assert stage.model.vocab_size == 32_000

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from codellama_jax import config, launch
-from codellama_jax.plan import cell, chips, collective, ledger, program, shown, twins, whole_ledger
+from codellama_jax.plan import cell, chips, collective, coverage, ledger, program, shown, twins
 from recipes import code_llama
 from tools import plan_pod
 
@@ -120,9 +120,7 @@ def test_a_twin_that_needs_more_is_refused():
 def test_every_layout_of_the_recipes_has_its_twin_recorded():
     names = {
         twins.name_of(stage, size, str(where))
-        for size, stage, where in whole_ledger.laid_out_stages(
-            code_llama.stages, code_llama.layouts
-        )
+        for size, stage, where in coverage.laid_out_stages(code_llama.stages, code_llama.layouts)
     }
     assert names == twins.read(DOCS).keys()
 

@@ -12,7 +12,7 @@ all devices, so ours does here, too. What was compiled is kept, as by tools/plan
 """
 
 import argparse
-import gzip
+import contextlib
 import os
 import subprocess
 import sys
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a clone that is 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from codellama_jax import compiler_options, config, launch
+from codellama_jax.config import Layout
 from codellama_jax.plan import chips, estimate, ledger, program, store
 from recipes import code_llama
 
@@ -48,16 +49,15 @@ class Cell:
     """One step of one microbatch, and how each side lays it out."""
 
     size: str
-    where: str
+    where: chips.Slice
     rows: float  # a chip
     length: int
     theirs: str  # MaxText's remat_policy
-    layout: config.Layout
-    context: int = 1  # MaxText's context parallelism
+    layout: Layout
 
     def stage(self) -> config.Stage:
         stage = code_llama.stages(self.size)["code"]
-        rows = round(self.rows * chips.Slice.parse(self.where).chips)
+        rows = round(self.rows * self.where.chips)
         return replace(
             stage,
             model=replace(stage.model, vocab_size=VOCABULARY, max_seq_len=self.length),
@@ -70,45 +70,47 @@ class Cell:
         widths = WIDTHS_34B if self.size == "34b" else {}
         named = {
             "model_name": f"llama2-{'7b' if widths else self.size}",
-            "compile_topology": TOPOLOGY[self.where],
+            "compile_topology": TOPOLOGY[str(self.where)],
             "compile_topology_num_slices": 1,
             "per_device_batch_size": self.rows,
             "max_target_length": self.length,
             "remat_policy": self.theirs,
-            "ici_context_parallelism": self.context,
+            "ici_context_parallelism": self.layout.context,
             "attention": "flash",
             "dataset_type": "synthetic",
             "enable_checkpointing": False,
-            **({"allow_split_physical_axes": True} if self.context > 1 else {}),
+            **({"allow_split_physical_axes": True} if self.layout.context > 1 else {}),
             **widths,
         }
         return [f"{name}={value}" for name, value in named.items()]
 
 
-Layout = config.Layout
+V5E, V6E = chips.Slice.parse("v5e:16x16"), chips.Slice.parse("v6e:16x16")
+CUBE, TWO_CUBES = chips.Slice.parse("v5p:4x4x4"), chips.Slice.parse("v5p:4x4x8")
 # fmt: off
 CELLS = {  # remat of MaxText, and ours, which keeps the same
-    "7b-v5e": Cell("7b", "v5e:16x16", 1, 4_096, "full", Layout()),
-    "7b-v5p": Cell("7b", "v5p:4x4x4", 4, 4_096, "minimal", Layout(remat="products")),
-    "7b-v5p-dots": Cell(
-        "7b", "v5p:4x4x4", 4, 4_096, "minimal_with_context", Layout(remat="dots")
-    ),
-    "7b-v5e-long": Cell("7b", "v5e:16x16", 0.5, 16_384, "full", Layout(context=2), context=2),
-    "34b-v5e": Cell("34b", "v5e:16x16", 1, 4_096, "full", Layout()),
-    "70b-v5p": Cell("70b", "v5p:4x4x8", 1, 4_096, "minimal_with_context", Layout(remat="dots")),
-    "70b-v6e": Cell("70b", "v6e:16x16", 2, 4_096, "full", Layout()),
+    "7b-v5e": Cell("7b", V5E, 1, 4_096, "full", Layout()),
+    "7b-v5p": Cell("7b", CUBE, 4, 4_096, "minimal", Layout(remat="products")),
+    "7b-v5p-dots": Cell("7b", CUBE, 4, 4_096, "minimal_with_context", Layout(remat="dots")),
+    "7b-v5e-long": Cell("7b", V5E, 0.5, 16_384, "full", Layout(context=2)),
+    "34b-v5e": Cell("34b", V5E, 1, 4_096, "full", Layout()),
+    "70b-v5p": Cell("70b", TWO_CUBES, 1, 4_096, "minimal_with_context", Layout(remat="dots")),
+    "70b-v6e": Cell("70b", V6E, 2, 4_096, "full", Layout()),
 }
 # fmt: on
+MEMORY = ("arguments", "temporaries", "peak")
+TIME = ("compute", "kernels", "exposed", "step")
 
 
 def main() -> None:
     args = arguments()
     with launch.refusals():
-        if args.child:
-            compile_theirs(Path(args.child[0]), args.child[1:])
+        if args.lower:
+            theirs(args.lower, args.plain).answer(store.folder())
             return
         for name in args.cell or CELLS:
-            rows = [measured(name, CELLS[name], who, args.plain) for who in ("MaxText", "here")]
+            compile_theirs(name, args.plain)
+            rows = [measured(name, who, args.plain) for who in ("MaxText", "here")]
             print(table(rows), flush=True)
             if args.record:
                 record(rows)
@@ -121,95 +123,89 @@ def arguments():
     parser.add_argument("--cell", action="append", choices=tuple(CELLS))
     parser.add_argument("--plain", action="store_true", help="without our compiler options")
     parser.add_argument("--record", action="store_true", help="into the table of docs/pods.md")
-    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--lower", choices=tuple(CELLS), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def measured(name: str, cell: Cell, who: str, plain: bool) -> dict:
-    """What a step needs, by who made it, with our compiler options or with none."""
-    stage, where = cell.stage(), chips.Slice.parse(cell.where)
-    told = {} if plain else compiler_options.of_chip(where.chip.name, stage.model.dim)
-    if who == "here":
-        facts = program.compiled(program.canonical(stage), where, told, store.folder())
-    else:
-        facts = compiled_theirs(cell, where, told)
-    config.check("memory" in facts, f"{name} of {who} does not fit: {facts}")
-    return row(name, cell, who, not plain, facts)
+def compile_theirs(name: str, plain: bool) -> None:
+    """Compiles MaxText's step, if it was not, in a process of its own: it configures JAX."""
+    if theirs(name, plain).is_answered(store.folder()):
+        return
+    command = [sys.executable, __file__, "--lower", name, *["--plain"] * plain]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    config.check(ran.returncode == 0, f"MaxText failed:\n{ran.stdout[-3_000:]}")
 
 
-def compiled_theirs(cell: Cell, where: chips.Slice, told: dict) -> program.Report:
-    """program.compiled of MaxText's step: compiled in a process of its own, which it configures."""
-    settings = cell.settings() + [f"compile_xla_flags={' '.join(as_flags(told))}"] * bool(told)
-    versions = store.versions() | {"maxtext": metadata.version("maxtext")}
-    path = store.folder() / f"{store.digest([settings, versions])}.json"
-    if store.load(path) is None:
-        quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        ran = subprocess.run([sys.executable, __file__, "--child", path, *settings], **quiet)
-        config.check(path.exists(), f"MaxText failed:\n{ran.stdout[-3_000:]}")
-    facts = store.load(path)
-    if "memory" not in facts:  # it does not fit
-        return facts
-    text = gzip.decompress(path.with_suffix(".hlo.gz").read_bytes()).decode()
-    return facts | {"regions": estimate.regions(text, facts, where)}
+def theirs(name: str, plain: bool) -> program.Question:
+    """What MaxText's step needs."""
+    cell = CELLS[name]
+    leads = [cell.settings(), metadata.version("maxtext"), told(cell, plain)]
+    return program.Question(
+        leads, cell.where, told(cell, plain), (), lambda: lower_theirs(cell.settings())
+    )
 
 
-def as_flags(told: dict) -> list[str]:
-    return [f"--{name}={value}" for name, value in told.items()]
+def ours(name: str, plain: bool) -> program.Question:
+    cell = CELLS[name]
+    return program.question(program.canonical(cell.stage()), cell.where, told(cell, plain))
 
 
-def compile_theirs(path: Path, settings: list[str]) -> None:
-    """Lets MaxText make its step, and compiles that as ours is. Writes the facts to `path`."""
+def told(cell: Cell, plain: bool) -> dict:
+    """What the compiler is told, for both."""
+    chip = cell.where.chip.name
+    return {} if plain else compiler_options.of_chip(chip, cell.stage().model.dim)
+
+
+def lower_theirs(settings: list[str]):
+    """MaxText's own step as its own tool makes it, lowered, and its mesh."""
     chips.Slice.parse("v5e:2x2").topology()  # says in the environment how libtpu is to be loaded
     os.environ["DECOUPLE_GCLOUD"] = "TRUE"
     import jax
     import maxtext
     from maxtext.trainers.pre_train import train_compile
 
-    def compile_here(func, args, kwargs, mesh, came, goes, static, donated, settings, axis_rules):
-        with jax.set_mesh(mesh), axis_rules:
-            step = jax.jit(
-                func,
-                in_shardings=came,
-                out_shardings=goes,
-                static_argnums=static,
-                donate_argnums=donated,
-            )
-            lowered = step.lower(*args, **kwargs)
-        flags = settings.compile_xla_flags.split()
-        told = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
-        facts, text = program.compile_now(lowered, mesh, told)
-        store.save(path.with_suffix(".hlo.gz"), gzip.compress(text.encode()))
-        store.save(path, facts)
-        sys.exit()
+    made = []
 
-    train_compile.jit_and_compile = compile_here
-    base = Path(maxtext.__file__).parent / "configs" / "base.yml"
-    train_compile.main(["train_compile", str(base), *settings])
+    class Lowered(Exception):
+        pass
 
-
-def row(name: str, cell: Cell, who: str, options: bool, facts: program.Report) -> dict:
-    stage, where = cell.stage(), chips.Slice.parse(cell.where)
-    time = estimate.step_time(stage, where, facts)
-    moved = {
-        kind: sum(each["gigabytes"] for each in time["collectives"] if each["kind"] in kinds)
-        for kind, kinds in (
-            ("gathered", ("all-gather",)),
-            ("reduced", ("all-reduce", "reduce-scatter")),
+    def lower(func, args, kwargs, mesh, came, goes, static, donated, _, axis_rules):
+        step = jax.jit(
+            func,
+            in_shardings=came,
+            out_shardings=goes,
+            static_argnums=static,
+            donate_argnums=donated,
         )
-    }
+        with jax.set_mesh(mesh), axis_rules, program.without_places():
+            made.append((step.lower(*args, **kwargs), mesh))
+        raise Lowered
+
+    train_compile.jit_and_compile = lower
+    base = Path(maxtext.__file__).parent / "configs" / "base.yml"
+    with contextlib.suppress(Lowered):
+        train_compile.main(["train_compile", str(base), *settings])
+    return made[0]
+
+
+def measured(name: str, who: str, plain: bool) -> dict:
+    """What a step needs, by who made it."""
+    cell = CELLS[name]
+    question = theirs(name, plain) if who == "MaxText" else ours(name, plain)
+    facts, text = question.answer(store.folder())
+    config.check("memory" in facts, f"{name} of {who} does not fit: {facts}")
+    facts |= {"regions": estimate.regions(text, facts, cell.where)}
+    time = estimate.step_time(cell.stage(), cell.where, facts)
     cycles = sum(region["cycles"] * region["times"] for region in facts["regions"])
-    parts = ("compute", "kernels", "exposed", "step")
     return {
-        **{"cell": name, "size": cell.size, "who": who, "options": options},
-        **{"slice": cell.where, "rows": cell.rows, "seq_len": cell.length, "mesh": facts["mesh"]},
-        "remat": cell.theirs if who == "MaxText" else cell.layout.remat,
-        **{
-            f"{part}_gb": facts["memory"][part] / 1e9
-            for part in ("arguments", "temporaries", "peak")
-        },
+        **{"cell": name, "size": cell.size, "who": who, "options": not plain},
+        **{"slice": str(cell.where), "rows": cell.rows, "seq_len": cell.length},
+        **{"mesh": facts["mesh"], "remat": cell.theirs if who == "MaxText" else cell.layout.remat},
+        **{f"{part}_gb": facts["memory"][part] / 1e9 for part in MEMORY},
         "gcycles": cycles / 1e9,
-        **{f"{kind}_gb": gigabytes for kind, gigabytes in moved.items()},
-        **{f"{part}_seconds": time[f"{part}_seconds"] for part in parts},
+        "gathered_gb": ledger.of_kinds(time, "all-gather"),
+        "reduced_gb": ledger.of_kinds(time, "all-reduce", "reduce-scatter"),
+        **{f"{part}_seconds": time[f"{part}_seconds"] for part in TIME},
         **{name: facts["compiled"][name] for name in ledger.VERSIONS},
     }
 

@@ -30,12 +30,12 @@ from codellama_jax.plan import (
     arithmetic,
     cell,
     chips,
+    coverage,
     generation,
     ledger,
     search,
     shown,
     survey,
-    whole_ledger,
 )
 from recipes import code_llama
 
@@ -49,7 +49,7 @@ def main() -> None:
         if args.outdated or args.fill:
             fill(args.fill)
         elif args.twins:
-            whole_ledger.compile_twins(DOCS, *RECIPE, records=args.record)
+            coverage.compile_twins(DOCS, *RECIPE, records=args.record)
         elif args.generate:
             where, model = chips.Slice.parse(args.slice), config.SIZES[args.size]
             found = generation.plan_generation(
@@ -166,13 +166,13 @@ def plan_without_slice(stage: config.Stage, args) -> None:
 
 def fill(compiles: bool) -> None:
     """Names the cells that the ledger lacks; compiles and records them, one after another."""
-    for found in whole_ledger.outdated(DOCS, *RECIPE):
+    for found in coverage.outdated(DOCS, *RECIPE):
         print(f"{found.why:<15}{found.size:>4} {found.stage.name} on {found.where}", flush=True)
         if compiles:  # in a process of its own: the compiler keeps what it took
             which = ["--size", found.size, "--stage", found.stage.name, "--slice", found.where]
             subprocess.run([sys.executable, __file__, *map(str, which), "--record"])
     if compiles:
-        for row in whole_ledger.forget_others(DOCS, *RECIPE):
+        for row in coverage.forget_others(DOCS, *RECIPE):
             print(f"{'forgotten':<15}{row['size']:>4} {row['stage']} on {row['slice']}", flush=True)
 
 

@@ -12,7 +12,7 @@ survey         all slices of a stage by arithmetic, and the smallest that fits
 search         the most promising layouts of a slice compiled, the fastest first
 ledger         docs/pods.json and its tables: what compiles said, and that it got no worse
 twins          small twins of all layouts, which tests compile
-whole_ledger   every layout of a recipe against the ledger and the twins
+coverage   every layout of a recipe against the ledger and the twins
 """
 
 from codellama_jax.plan.cell import plan

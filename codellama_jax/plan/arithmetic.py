@@ -1,7 +1,7 @@
 """What a stage needs on a slice by arithmetic alone: what to compile, not what to believe.
 
-Bytes come within a fifth of the compiler's (tests/test_plan_arithmetic.py),
-seconds only order layouts.
+Bytes come within a fifth of the compiler's (tests/test_plan_arithmetic.py), seconds only order
+layouts.
 """
 
 from dataclasses import fields, replace
@@ -77,8 +77,8 @@ def seconds(stage: config.Stage, where: chips.Slice) -> float:
     compute = tokens * (products / PRODUCTS + scores / ATTENTION) / peak
     link = 2 * chip.dims * chip.link_gbs * 1e9 / chip.devices
     gathered = 2 * layout.microbatches * 2 * weights / layout.tensor / link
-    # over all chips of a flat slice gradients travel as all-reduces, which send them twice
-    sent = 2 if chip.dims == 2 and shards * where.count == where.chips else 1
+    # over all devices of a slice gradients travel as all-reduces, which send them twice
+    sent = 2 if shards * where.count == where.devices else 1
     reduced = sent * layout.microbatches * 2 * weights / layout.tensor / link
     share = tokens / (data * fsdp) / layout.context  # of a group of tensor devices
     neighbours = chip.link_gbs * 1e9 / chip.devices  # a tensor group lies on a line

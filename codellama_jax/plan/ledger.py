@@ -169,6 +169,11 @@ def moved(row: dict, asynchronous: tuple[bool, ...] = (True, False)) -> float:
     return sum(c["gigabytes"] for c in row["collectives"] if c["asynchronous"] in asynchronous)
 
 
+def of_kinds(row: dict, *kinds: str) -> float:
+    """GB that a device sends in a step, by collectives of these kinds."""
+    return sum(c["gigabytes"] for c in row["collectives"] if c["kind"] in kinds)
+
+
 def of_one_compiler(new: dict, old: dict) -> bool:
     return all(new[part] == old[part] for part in VERSIONS)
 
@@ -213,11 +218,8 @@ def table(rows: list[dict]) -> str:
 
 
 def cells(row: dict) -> tuple[str, ...]:
-    sent = {
-        kind: sum(c["gigabytes"] for c in row["collectives"] if c["kind"] == kind)
-        for kind in ("all-gather", "all-reduce", "reduce-scatter")
-    }
-    reduced = sent["all-reduce"] + sent["reduce-scatter"]
+    gathered = of_kinds(row, "all-gather")
+    reduced = of_kinds(row, "all-reduce", "reduce-scatter")
     parts = (row[f"{name}_seconds"] for name in ("compute", "kernels", "exposed"))
     return (
         *(row["size"], row["stage"], row["slice"], row["mesh"]),
@@ -225,7 +227,7 @@ def cells(row: dict) -> tuple[str, ...]:
         f"{row['peak_gib']:.2f} ({row['headroom']:.0%})",
         f"{row['step_seconds']:.2f}",
         " + ".join(f"{seconds:.2f}" for seconds in parts),
-        f"{sent['all-gather']:.0f}, {reduced:.0f}",
+        f"{gathered:.0f}, {reduced:.0f}",
         f"{row['mfu']:.1%} ({row['mfu_full_attention']:.1%})",
         f"{row['stage_days']:,.1f}",
         f"{row['stage_chip_hours']:,}",

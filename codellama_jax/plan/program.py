@@ -93,15 +93,22 @@ class Question:
         Another hash, of the leads and the source files, leads to the name without any work; the
         program's survives changes of the sources that do not change it.
         """
-        asked = store.digest([*self.leads, store.versions(), store.own_code(self.sources)])
-        name = store.load(cache / f"{asked}.alias.json")
+        name = store.load(self.alias(cache))
         if name is not None:
             return name, None
         lowered, mesh = self.lower()
         told = [str(self.where), self.options, store.versions(), *self.where.wrap]
         name = store.digest([lowered.as_text(), *told])
-        store.save(cache / f"{asked}.alias.json", name)
+        store.save(self.alias(cache), name)
         return name, (lowered, mesh)
+
+    def alias(self, cache: Path) -> Path:
+        """The file that says the program's name where it was asked for before."""
+        asked = store.digest([*self.leads, store.versions(), store.own_code(self.sources)])
+        return cache / f"{asked}.alias.json"
+
+    def is_answered(self, cache: Path) -> bool:
+        return (cache / f"{store.load(self.alias(cache))}.json").exists()
 
     def answer(self, cache: Path) -> tuple[Report, str]:
         """What the compiler says of the program, and its schedule ("" where it does not fit)."""
