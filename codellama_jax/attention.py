@@ -234,19 +234,21 @@ def _balanced_mask(T: int, block: int, context: int):
 
 
 def splash_block(length: int, context: int, asked: int = 0) -> int:
-    """Queries, and keys, of one block: as many as asked, or the usual ones where 0 are.
+    """Queries, and keys, of one block: as many as asked, the usual number where 0 are.
 
     Raises ValueError when a slice of the row is not of whole blocks.
     """
     most = _padded(length, SPLASH_LANES) if context == 1 else length // (2 * context)
-    config.check(
-        asked <= most and (context == 1 or asked == 0 or most % asked == 0),
-        f"attention_block={asked} is no part of {most}, what a device takes at once of rows of "
-        f"{length}; use {math.gcd(most, SPLASH_BLOCK)}",
-    )
+    if asked:
+        config.check(
+            asked <= most and (context == 1 or most % asked == 0),
+            f"attention_block={asked} is no part of {most}, what a device takes at once of rows of "
+            f"{length}; use {math.gcd(most, SPLASH_BLOCK)}",
+        )
+        return asked
     if context == 1:
-        return min(asked or SPLASH_BLOCK, most)
-    block = asked or math.gcd(SPLASH_BLOCK, most)
+        return min(SPLASH_BLOCK, most)
+    block = math.gcd(SPLASH_BLOCK, most)
     config.check(
         block % SPLASH_LANES == 0,
         f"rows of {length} in 2 * context = {2 * context} slices: the kernel wants slices of a "

@@ -115,8 +115,8 @@ def chunked_cross_entropy(
     positions at once. Each of `context` devices takes a chunk's share from its own part of the row.
     """
     B, T, D = x_BTD.shape
-    part, chunk = T // context, max(1, chunk // context)
-    chunk = min(chunk, part)
+    part = T // context
+    chunk = min(max(1, chunk // context), part)
     whole = part // chunk * chunk
     w_DV = llama.output_weight().astype(x_BTD.dtype)
 
