@@ -20,7 +20,7 @@ class Cell:
     """A layout of a recipe that the ledger lacks, or has of an older program or estimate."""
 
     size: str
-    stage: config.Stage
+    stage: config.Stage  # in that layout
     where: chips.Slice
     why: str
 
@@ -31,9 +31,10 @@ def outdated(folder: Path, stages: Stages, layouts: Layouts) -> list[Cell]:
     for size in config.SIZES:
         for stage in stages(size).values():
             for text, layout in layouts(stage, size).items():
-                where, row = chips.Slice.parse(text), ledger.find(folder, size, stage, text, layout)
-                if why := staleness(size, replace(stage, layout=layout), where, row):
-                    found.append(Cell(size, stage, where, why))
+                laid_out, where = replace(stage, layout=layout), chips.Slice.parse(text)
+                row = ledger.find(folder, size, stage, text, layout)
+                if why := staleness(size, laid_out, where, row):
+                    found.append(Cell(size, laid_out, where, why))
     return found
 
 
